@@ -1,0 +1,134 @@
+"""What a fit reads: one protocol over tensors, arrays, stores, synthetic sources and iterators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """Anything that can deal out activations for as long as a fit asks for them."""
+
+    d_in: int
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, device: torch.device | str | None = None
+    ) -> Iterator[Tensor]:
+        """Endless shuffled float32 batches of shape (batch_size, d_in)."""
+        ...
+
+
+ActivationData: TypeAlias = Tensor | np.ndarray | ActivationSource | Iterable[Tensor]
+
+
+def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "token d_in"]:
+    """Return `x` as a finite float tensor of shape (token, d_in), or say what is wrong with it.
+
+    Parameters
+    ----------
+    x : tensor or array, shape (token, d_in)
+        Activations.
+    d_in : int, optional
+        Width that the activations must have.
+
+    Raises
+    ------
+    TypeError
+        If `x` is neither a tensor nor an array of numbers.
+    ValueError
+        If `x` is not 2-D, has no rows, has another width, or holds NaN or infinite values.
+    """
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "fiu":
+            raise TypeError(f"activations must be numbers, got an array of dtype {x.dtype}")
+        x = torch.from_numpy(np.ascontiguousarray(x))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"activations must be a tensor or an array, got {type(x).__name__}")
+    if x.ndim != 2 or x.shape[0] == 0:
+        raise ValueError(
+            f"activations must have shape (token, d_in) with at least one token, "
+            f"got {tuple(x.shape)}; flatten batch and position axes first"
+        )
+    if d_in is not None and x.shape[1] != d_in:
+        raise ValueError(
+            f"x must have d_in={d_in} columns, got shape {tuple(x.shape)}; did you pass codes?"
+        )
+    if not x.is_floating_point():
+        x = x.float()
+    is_bad = ~torch.isfinite(x).all(dim=1)
+    if is_bad.any():
+        row = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"activations must be finite: {int(is_bad.sum())} of {len(x)} tokens hold NaN or "
+            f"infinity, the first is token {row}; drop them, or harvest in bfloat16 or float32"
+        )
+    return x
+
+
+def batches(
+    data: ActivationData,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Iterator[Tensor]:
+    """Deal `data` out as float32 batches on `device`; endless unless `data` is itself an iterator.
+
+    Tensors and arrays are reshuffled at every pass; an iterator of batches is passed through,
+    each batch checked.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(data, Tensor | np.ndarray):
+        return _shuffled(check_activations(data), batch_size, seed, device)
+    if isinstance(data, ActivationSource):
+        return data.batches(batch_size, seed=seed, device=device)
+    if isinstance(data, Iterable):
+        return (check_activations(x).to(device, torch.float32) for x in data)
+    raise TypeError(
+        "data must be a tensor, an array, an ActivationStore, a synthetic source or an iterator "
+        f"of batches, got {type(data).__name__}"
+    )
+
+
+def take(
+    data: ActivationData,
+    n_tokens: int,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Float[Tensor, "token d_in"]:
+    """Gather `n_tokens` tokens of `data`; all of them, in a random order, where it holds fewer."""
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+    if isinstance(data, Tensor | np.ndarray):
+        n_tokens = min(n_tokens, len(data))
+    gathered: list[Tensor] = []
+    n_gathered = 0
+    for x in batches(data, min(n_tokens, 8192), seed=seed, device=device):
+        gathered.append(x)
+        n_gathered += len(x)
+        if n_gathered >= n_tokens:
+            break
+    if not gathered:
+        raise ValueError("data must hold at least one batch, got an empty iterator")
+    return torch.cat(gathered)[:n_tokens]
+
+
+def _shuffled(
+    x: Tensor, batch_size: int, seed: int, device: torch.device | str | None
+) -> Iterator[Tensor]:
+    """Whole passes in a fresh order each; the rest of a pass is joined to the next one."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(len(x), generator=generator)])
+        rows, order = order[:batch_size], order[batch_size:]
+        yield x[rows.to(x.device)].to(device, torch.float32)

@@ -1,0 +1,238 @@
+"""Distributions over codes, with the closed forms that the exact ELBO needs.
+
+`SpikeSlab` mixes an atom at zero with a slab; `TruncatedNormal` is the slab on the half line
+(a half-normal at `loc=0`); `RectifiedNormal` is the spike-and-slab that max(0, N(loc, scale))
+follows. Densities are taken with respect to Lebesgue measure plus an atom at zero, so that the
+Kullback-Leibler divergences are those of the mixed measures.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions import Delta, Exponential, Normal, TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints, kl_divergence, register_kl
+from torch.distributions.utils import broadcast_all
+
+_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+# Below -8 the hazard phi/Phi loses its float32 digits against -a; the mass there is under 1e-15.
+_LOWEST_RATIO = -8.0
+
+
+class TruncatedNormal(TorchDistribution):
+    r"""Normal(loc, scale) conditioned on being positive.
+
+    With a = loc/scale and r = phi(a)/Phi(a), the mean is loc + scale r, the second moment
+    loc^2 + scale^2 + loc scale r, and the entropy log(scale sqrt(2 pi e)) + log Phi(a) - a r / 2.
+
+    Parameters
+    ----------
+    loc, scale : Tensor or float
+        Location and scale of the normal before truncation, in the units of the codes.
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
+    support = constraints.nonnegative
+    has_rsample = True
+
+    def __init__(self, loc, scale, validate_args=None):
+        self.loc, self.scale = broadcast_all(loc, scale)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        new = self._get_checked_instance(TruncatedNormal, _instance)
+        new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        super(TruncatedNormal, new).__init__(torch.Size(batch_shape), validate_args=False)
+        return new
+
+    @property
+    def ratio(self) -> Tensor:
+        """a = loc/scale, kept where float32 can carry the closed forms."""
+        return (self.loc / self.scale).clamp(min=_LOWEST_RATIO)
+
+    @property
+    def log_mass(self) -> Tensor:
+        """log Phi(a): the log-probability that the normal before truncation is positive."""
+        return torch.special.log_ndtr(self.ratio)
+
+    @property
+    def hazard(self) -> Tensor:
+        """r = phi(a)/Phi(a), through log Phi so that it never divides by zero."""
+        return torch.exp(-0.5 * self.ratio.square() - _LOG_SQRT_2PI - self.log_mass)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.scale * (self.ratio + self.hazard)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.scale.square() * (1 - self.hazard * (self.ratio + self.hazard)).clamp(min=0)
+
+    def entropy(self) -> Tensor:
+        return self.scale.log() + _LOG_SQRT_2PI + 0.5 + self.log_mass - 0.5 * self.ratio * self.hazard
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        standard = value / self.scale - self.ratio
+        inside = -0.5 * standard.square() - _LOG_SQRT_2PI - self.scale.log() - self.log_mass
+        return torch.where(value >= 0, inside, -math.inf)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        # P(z > v) = Phi(a - v/s) / Phi(a), in logs: both tails stay exact.
+        log_survival = torch.special.log_ndtr(self.ratio - value / self.scale) - self.log_mass
+        return torch.where(value > 0, -torch.expm1(log_survival), 0.0)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        # v = s (a - Phi^-1((1 - u) Phi(a))), in float64: ndtri needs the digits in the tail.
+        ratio, mass = self.ratio.double(), self.log_mass.double().exp()
+        tail = ((1 - value.double()) * mass).clamp(min=1e-300)
+        return (self.scale * (ratio - torch.special.ndtri(tail))).clamp(min=0).to(self.scale.dtype)
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        """Draw by inversion; gradients are those of the implicit function F(z; loc, scale) = u."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
+            value = self.icdf(uniform)
+        if not (torch.is_grad_enabled() and (self.loc.requires_grad or self.scale.requires_grad)):
+            return value
+        # dz = -dF/dparams / density(z): cdf carries the parameters' gradient, value is held fixed.
+        surrogate = self.cdf(value)
+        density = self.log_prob(value).exp().detach().clamp(min=1e-12)
+        return value - (surrogate - surrogate.detach()) / density
+
+
+class SpikeSlab(TorchDistribution):
+    r"""gamma slab + (1 - gamma) delta_0: exactly zero with probability 1 - gamma.
+
+    Parameters
+    ----------
+    logits : Tensor
+        log(gamma / (1 - gamma)), broadcastable with the slab's batch shape.
+    slab : Distribution
+        Law of a code given that it is active: `Normal` or `TruncatedNormal`.
+
+    Notes
+    -----
+    `sample` is exact. There is no `rsample`: the gate is discrete; the exact ELBO needs no draw,
+    and `RectifiedNormal` is the member of the family whose draws carry pathwise gradients.
+    """
+
+    arg_constraints = {"logits": constraints.real}  # noqa: RUF012
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, slab, validate_args=None):
+        self.slab = slab
+        self.logits = logits
+        shape = torch.broadcast_shapes(logits.shape, slab.batch_shape)
+        super().__init__(shape, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        new = self._get_checked_instance(SpikeSlab, _instance)
+        new.logits, new.slab = self.logits.expand(batch_shape), self.slab.expand(batch_shape)
+        super(SpikeSlab, new).__init__(torch.Size(batch_shape), validate_args=False)
+        return new
+
+    @property
+    def support(self):
+        return self.slab.support
+
+    @property
+    def p_active(self) -> Tensor:
+        """gamma, the probability that the code is not zero."""
+        return torch.sigmoid(self.logits)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.p_active * self.slab.mean
+
+    @property
+    def variance(self) -> Tensor:
+        # gamma M2 - (gamma M1)^2, written as two non-negative terms: no cancellation.
+        gamma = self.p_active
+        return gamma * (self.slab.variance + (1 - gamma) * self.slab.mean.square())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        is_zero = value == 0
+        inside = self.slab.log_prob(torch.where(is_zero, self.slab.mean.detach(), value))
+        return torch.where(is_zero, F.logsigmoid(-self.logits), F.logsigmoid(self.logits) + inside)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        gamma = self.p_active
+        return gamma * self.slab.cdf(value) + (1 - gamma) * (value >= 0)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        gamma = self.p_active
+        below = gamma * self.slab.cdf(torch.zeros_like(gamma))
+        atom = 1 - gamma
+        is_below, is_above = value < below, value > below + atom
+        level = torch.where(is_below, value, value - atom) / gamma.clamp(min=1e-30)
+        # Inside the atom the level is not used; .5 keeps the slab's quantile finite there.
+        level = torch.where(is_below | is_above, level, 0.5).clamp(1e-7, 1 - 1e-7)
+        return torch.where(is_below | is_above, self.slab.icdf(level), 0.0)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            is_active = torch.rand(shape, device=self.logits.device) < self.p_active
+            slab = self.slab.expand(self.batch_shape).sample(sample_shape)
+            return torch.where(is_active, slab, 0.0)
+
+
+class RectifiedNormal(SpikeSlab):
+    """The law of max(0, N(loc, scale)): gamma = Phi(loc/scale), slab TruncatedNormal(loc, scale).
+
+    Its draws are reparametrised: max(0, loc + scale e) is continuous in loc and scale.
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args=None):
+        self.loc, self.scale = broadcast_all(loc, scale)
+        slab = TruncatedNormal(self.loc, self.scale, validate_args=False)
+        # logit Phi(a) = log Phi(a) - log Phi(-a), exact in both tails.
+        ratio = slab.ratio.clamp(max=-_LOWEST_RATIO)
+        logits = torch.special.log_ndtr(ratio) - torch.special.log_ndtr(-ratio)
+        super().__init__(logits, slab, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        return RectifiedNormal(
+            self.loc.expand(batch_shape), self.scale.expand(batch_shape), validate_args=False
+        )
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(sample_shape)
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return torch.relu(self.loc + self.scale * noise)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+@register_kl(TruncatedNormal, TruncatedNormal)
+def _kl_truncated_truncated(q: TruncatedNormal, p: TruncatedNormal) -> Tensor:
+    second_moment = q.variance + q.mean.square()
+    loc = p.ratio * p.scale
+    square = second_moment - 2 * loc * q.mean + loc.square()
+    cross = _LOG_SQRT_2PI + p.scale.log() + p.log_mass + square / (2 * p.scale.square())
+    return cross - q.entropy()
+
+
+@register_kl(TruncatedNormal, Exponential)
+def _kl_truncated_exponential(q: TruncatedNormal, p: Exponential) -> Tensor:
+    return p.rate * q.mean - p.rate.log() - q.entropy()
+
+
+@register_kl(SpikeSlab, SpikeSlab)
+def _kl_spike_slab(q: SpikeSlab, p: SpikeSlab) -> Tensor:
+    """KL(Bern(gamma) || Bern(pi)) + gamma KL(slab_q || slab_p)."""
+    gamma = q.p_active
+    gate = gamma * (q.logits - p.logits) + F.softplus(p.logits) - F.softplus(q.logits)
+    return gate + gamma * kl_divergence(q.slab, p.slab)
+
+
+__all__ = ["Delta", "Exponential", "Normal", "RectifiedNormal", "SpikeSlab", "TruncatedNormal"]

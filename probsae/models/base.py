@@ -1,0 +1,347 @@
+"""What every dictionary shares: parameters, Pyro programs, and the posterior object."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, final
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pyro import poutine
+from torch import Tensor, nn
+
+from probsae.activations.source import check_activations
+from probsae.distributions import SpikeSlab
+
+
+@final
+class CodePosterior:
+    """q(z | x): what the model believes about the codes of each token.
+
+    Parameters
+    ----------
+    distribution : torch Distribution of batch shape (token, d_sae)
+        Factorised law of the codes, in the units of the activations.
+    activity_threshold : float, default 0
+        Only used by laws without mass at zero (Laplace): there a code counts as active when it
+        exceeds this size, by default of the models the noise scale.
+    pre_activation : Tensor of shape (token, d_sae), optional
+        What the encoder computed before its non-linearity, for losses that need it.
+
+    Notes
+    -----
+    A deterministic SAE's posterior is a point: `p_active` is 0 or 1, `variance` is 0.
+    """
+
+    def __init__(
+        self,
+        distribution: Any,
+        activity_threshold: float | Tensor = 0.0,
+        pre_activation: Tensor | None = None,
+    ):
+        self.distribution = distribution
+        self.activity_threshold = activity_threshold
+        self.pre_activation = pre_activation
+
+    @property
+    def mean(self) -> Float[Tensor, "token d_sae"]:
+        """E z, the codes to reconstruct with; units of the activations."""
+        q = self.distribution
+        return q.v if isinstance(q, dist.Delta) else q.mean
+
+    @property
+    def variance(self) -> Float[Tensor, "token d_sae"]:
+        """Var z, units of the activations squared."""
+        q = self.distribution
+        return torch.zeros_like(q.v) if isinstance(q, dist.Delta) else q.variance
+
+    @property
+    def p_active(self) -> Float[Tensor, "token d_sae"]:
+        """q(z != 0); for a law without an atom, q(|z| > activity_threshold)."""
+        q = self.distribution
+        if isinstance(q, SpikeSlab):
+            return q.p_active
+        if isinstance(q, dist.Delta):
+            return (q.v != 0).to(q.v.dtype)
+        threshold = torch.as_tensor(self.activity_threshold, device=q.mean.device)
+        return 1 - q.cdf(threshold) + q.cdf(-threshold)
+
+    @property
+    def is_active(self) -> Bool[Tensor, "token d_sae"]:
+        """p_active > .5: the most probable support."""
+        return self.p_active > 0.5
+
+    def interval(
+        self, level: float = 0.9
+    ) -> tuple[Float[Tensor, "token d_sae"], Float[Tensor, "token d_sae"]]:
+        """Equal-tailed credible interval (lower, upper) that holds `level` of the posterior.
+
+        Raises
+        ------
+        ValueError
+            If `level` is not strictly between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must be strictly between 0 and 1, got {level}")
+        q = self.distribution
+        if isinstance(q, dist.Delta):
+            return q.v, q.v
+        tail = (1 - level) / 2
+        lower, upper = (q.icdf(torch.full_like(q.mean, u)) for u in (tail, 1 - tail))
+        return lower, upper
+
+    def sample(self, n_draws: int = 1) -> Float[Tensor, "draw token d_sae"]:
+        """Independent draws of the codes."""
+        if n_draws < 1:
+            raise ValueError(f"n_draws must be at least 1, got {n_draws}")
+        return self.distribution.sample((n_draws,))
+
+
+def PointPosterior(z: Float[Tensor, "token d_sae"]) -> CodePosterior:  # noqa: N802
+    """Posterior of a method without uncertainty: all mass on the codes `z`."""
+    return CodePosterior(dist.Delta(z, validate_args=False))
+
+
+class SparseDictionary(nn.Module, ABC):
+    r"""x = z W_dec + b_dec + noise, with sparse codes z; probabilistic and deterministic alike.
+
+    Subclasses fill the hooks `prior`, `posterior`, `hyperparameters` and, where they need them,
+    `initialize_codes_`, `auxiliary_loss`, `log_prior_parameters`, `correction`.
+
+    Parameters
+    ----------
+    d_in : int
+        Width of the activations.
+    d_sae : int
+        Number of features.
+    noise_scale : float
+        Standard deviation of the noise in each dimension, units of the activations.
+    noise_floor : float
+        Lower bound of a learned noise scale, same units. Without one, data that the dictionary
+        explains fully drive the scale to 0 and the ELBO to infinity. A fit sets it from the data
+        where it is 0.
+    learn_noise : bool
+        Whether `noise_scale` is a parameter.
+
+    Notes
+    -----
+    All quantities are in the units of the activations that the model is given: nothing is
+    rescaled on the way in or out. The rows of `W_dec` enter every computation normalised, so the
+    gradient's part along a row vanishes before any optimiser sees it; `fit` also stores them
+    normalised after each step.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        noise_scale: float = 1.0,
+        noise_floor: float = 0.0,
+        learn_noise: bool = True,
+    ):
+        super().__init__()
+        for name, value in (("d_in", d_in), ("d_sae", d_sae)):
+            if not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not (noise_scale > 0 and noise_floor >= 0):
+            raise ValueError(
+                f"noise_scale must be positive and noise_floor at least 0, "
+                f"got {noise_scale} and {noise_floor}"
+            )
+        self.d_in, self.d_sae, self.learn_noise = int(d_in), int(d_sae), learn_noise
+        self.n_tokens: int | None = None
+        self.W_dec = nn.Parameter(F.normalize(torch.randn(d_sae, d_in), dim=-1))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.log_noise_scale = nn.Parameter(
+            torch.tensor(float(noise_scale)).log(), requires_grad=learn_noise
+        )
+        self.register_buffer("noise_floor", torch.tensor(float(noise_floor)))
+        self.register_buffer("is_initialized", torch.tensor(False))
+
+    # ------------------------------------------------------------------ hooks
+
+    @abstractmethod
+    def prior(self) -> dist.TorchDistribution:
+        """Distribution of one token's codes, event shape (d_sae,)."""
+
+    @abstractmethod
+    def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
+        """q(z | x), differentiable in the parameters."""
+
+    @abstractmethod
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the constructor's arguments, JSON-ready: a saved model is rebuilt from them."""
+
+    def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:  # noqa: B027
+        """Set scales of the prior and encoder from centred data."""
+
+    def auxiliary_loss(
+        self, x: Float[Tensor, "token d_in"], posterior: CodePosterior, kl_weight: float | Tensor
+    ) -> Float[Tensor, " token"] | None:
+        """Training loss beside the ELBO, nats per token (a deterministic SAE's squared error)."""
+        return None
+
+    def log_prior_parameters(self) -> Tensor | None:
+        """Log-density of learned parameters that have a prior (the firing rates), nats."""
+        return None
+
+    def correction(self, z: Tensor) -> Tensor | None:
+        """Non-linear part of the decoder; None where the decoder is linear."""
+        return None
+
+    # ------------------------------------------------------------- shared face
+
+    @property
+    def has_linear_decoder(self) -> bool:
+        """Whether the exact ELBO applies."""
+        return type(self).correction is SparseDictionary.correction
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the posterior is a point."""
+        return False
+
+    @property
+    def directions(self) -> Float[Tensor, "d_sae d_in"]:
+        """Unit rows of `W_dec`, with gradient."""
+        return F.normalize(self.W_dec, dim=-1)
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """Standard deviation of the noise in each dimension, at least `noise_floor`."""
+        return (self.noise_floor.square() + (2 * self.log_noise_scale).exp()).sqrt()
+
+    def dictionary(self) -> Float[Tensor, "d_sae d_in"]:
+        """Return the features' directions: unit rows, detached."""
+        return self.directions.detach()
+
+    def encode(self, x: Tensor | np.ndarray) -> CodePosterior:
+        """Return the posterior of the codes of `x`, without gradient, in evaluation mode.
+
+        Parameters
+        ----------
+        x : tensor or array, shape (token, d_in)
+            Activations, in the units of the fit.
+
+        Raises
+        ------
+        ValueError
+            If `x` has another width, no rows, or values that are not finite.
+        """
+        x = check_activations(x, self.d_in).to(self.b_dec)
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return self.posterior(x)
+        finally:
+            self.train(was_training)
+
+    def decode(self, z: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Return the activations that the codes `z` stand for."""
+        if z.shape[-1] != self.d_sae:
+            raise ValueError(
+                f"z must have d_sae={self.d_sae} columns, got shape {tuple(z.shape)}; "
+                "did you pass activations?"
+            )
+        x_hat = z @ self.directions + self.b_dec
+        correction = self.correction(z)
+        return x_hat if correction is None else x_hat + correction
+
+    def forward(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
+        """Reconstruct `x` from the posterior mean of its codes, with gradient."""
+        return self.decode(self.posterior(x).mean)
+
+    def fit(self, data: Any, **options: Any) -> SparseDictionary:
+        """Fit to `data` through `probsae.fit` and return self; options are passed on."""
+        from probsae.inference.fit import fit  # the engine imports the models, not they it
+
+        fit(self, data, **options)
+        return self
+
+    @torch.no_grad()
+    def sample(self, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Draw activations (n_tokens, d_in) from the model and the codes that made them."""
+        z = self.prior().expand((n_tokens,)).sample()
+        x_hat = self.decode(z)
+        return x_hat + self.noise_scale * torch.randn_like(x_hat), z
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Store the rows of `W_dec` with norm 1; changes nothing that the model computes."""
+        self.W_dec.copy_(self.directions)
+
+    @torch.no_grad()
+    def initialize_(self, x: Float[Tensor, "token d_in"]) -> None:
+        """Set location and scales from data, once; called by `fit` with its first tokens.
+
+        `b_dec` becomes the geometric median, the noise scale the data's deviation per dimension
+        (nothing is explained yet), and the noise floor, where none was given, a tenth of that:
+        1% of the variance.
+        """
+        if bool(self.is_initialized):
+            return
+        x = check_activations(x, self.d_in).to(self.b_dec)
+        self.b_dec.copy_(geometric_median(x))
+        x_centered = x - self.b_dec
+        deviation = x_centered.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+        if self.learn_noise:
+            self.log_noise_scale.copy_(deviation.log())
+            if self.noise_floor == 0:
+                self.noise_floor.copy_(0.1 * deviation)
+        self.initialize_codes_(x_centered)
+        self.is_initialized.fill_(True)
+
+    # ------------------------------------------------------------ Pyro programs
+
+    @final
+    def model(self, x: Tensor | None = None, kl_weight: float = 1.0, n_tokens: int = 1) -> Tensor:
+        """Pyro program of the generative model; with `x` None it draws `n_tokens` tokens."""
+        n_tokens = n_tokens if x is None else len(x)
+        log_prior = self.log_prior_parameters()
+        if log_prior is not None:
+            pyro.factor("parameters", log_prior * (n_tokens / (self.n_tokens or n_tokens)))
+        with pyro.plate("token", n_tokens, dim=-1):
+            with poutine.scale(scale=kl_weight):
+                z = pyro.sample("codes", self.prior())
+            likelihood = dist.Normal(self.decode(z), self.noise_scale).to_event(1)
+            return pyro.sample("activations", likelihood, obs=x)
+
+    @final
+    def guide(self, x: Tensor | None = None, kl_weight: float = 1.0, n_tokens: int = 1) -> Tensor:
+        """Pyro program of the posterior: the encoder."""
+        if x is None:
+            raise ValueError("the guide encodes activations and needs x, got None")
+        posterior = self.posterior(x)
+        with pyro.plate("token", len(x), dim=-1):
+            loss = self.auxiliary_loss(x, posterior, kl_weight)
+            if loss is not None:
+                pyro.factor("auxiliary", loss, has_rsample=True)
+            with poutine.scale(scale=kl_weight):
+                return pyro.sample("codes", as_event(posterior.distribution))
+
+
+def as_event(distribution: Any) -> dist.TorchDistribution:
+    """Declare the last axis, the features, as one event."""
+    return dist.Independent(distribution, 1)
+
+
+def geometric_median(x: Tensor, n_iterations: int = 50, tolerance: float = 1e-5) -> Tensor:
+    """Point with the least summed distance to the rows of `x`, by Weiszfeld's iteration.
+
+    Source: Weiszfeld (1937); as the initial decoder bias, Bricken et al. (2023).
+    """
+    median = x.mean(dim=0)
+    for _ in range(n_iterations):
+        distance = (x - median).norm(dim=1, keepdim=True).clamp(min=1e-12)
+        updated = (x / distance).sum(dim=0) / (1 / distance).sum()
+        step = (updated - median).norm()
+        median = updated
+        if step <= tolerance * (1 + median.norm()):
+            break
+    return median
