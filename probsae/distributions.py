@@ -12,7 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Delta, Exponential, Normal, TorchDistribution
+from pyro.distributions import Delta, Exponential, Independent, Laplace, Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints, kl_divergence, register_kl
 from torch.distributions.utils import broadcast_all
@@ -235,4 +235,19 @@ def _kl_spike_slab(q: SpikeSlab, p: SpikeSlab) -> Tensor:
     return gate + gamma * kl_divergence(q.slab, p.slab)
 
 
-__all__ = ["Delta", "Exponential", "Normal", "RectifiedNormal", "SpikeSlab", "TruncatedNormal"]
+def _warm_dispatch() -> None:
+    """Resolve every divergence once: torch.compile reads torch's cache but not its dispatch."""
+    one = torch.ones(1)
+    normal, truncated = Normal(one, one), TruncatedNormal(one, one)
+    point, exponential = Delta(one), Exponential(one)
+    slabs = [SpikeSlab(one, normal), SpikeSlab(one, truncated), RectifiedNormal(one, one)]
+    pairs = [(slabs[0], slabs[0]), (slabs[1], slabs[1]), (slabs[2], slabs[1])]
+    pairs += [(normal, Laplace(one, one)), (truncated, exponential), (point, exponential)]
+    pairs += [(point, slabs[1].mask(False))]
+    for q, p in pairs:
+        kl_divergence(Independent(q, 1), Independent(p, 1))
+
+
+_warm_dispatch()
+
+__all__ = ["RectifiedNormal", "SpikeSlab", "TruncatedNormal"]

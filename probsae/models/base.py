@@ -135,6 +135,19 @@ class SparseDictionary(nn.Module, ABC):
     normalised after each step.
     """
 
+    default_learning_rate: float = 3e-3
+    """Step size of `fit` where none is given."""
+
+    dimensional: tuple[str, ...] = ("b_dec",)
+    """Parameters in units of the activations: their learning rate is multiplied by the data's
+    scale, so that a fit does not depend on those units."""
+
+    frozen_in_warmup: tuple[str, ...] = ()
+    """Parameters that `fit` leaves alone until the KL weight has reached 1."""
+
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of Adam's moments in `fit`."""
+
     def __init__(
         self,
         d_in: int,
@@ -155,6 +168,7 @@ class SparseDictionary(nn.Module, ABC):
             )
         self.d_in, self.d_sae, self.learn_noise = int(d_in), int(d_sae), learn_noise
         self.n_tokens: int | None = None
+        self.product_dtype: torch.dtype | None = None
         self.W_dec = nn.Parameter(F.normalize(torch.randn(d_sae, d_in), dim=-1))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.log_noise_scale = nn.Parameter(
@@ -216,6 +230,12 @@ class SparseDictionary(nn.Module, ABC):
         """Standard deviation of the noise in each dimension, at least `noise_floor`."""
         return (self.noise_floor.square() + (2 * self.log_noise_scale).exp()).sqrt()
 
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply a @ b in `product_dtype` where one is set, and return a's own dtype."""
+        if self.product_dtype is None:
+            return a @ b
+        return (a.to(self.product_dtype) @ b.to(self.product_dtype)).to(a.dtype)
+
     def dictionary(self) -> Float[Tensor, "d_sae d_in"]:
         """Return the features' directions: unit rows, detached."""
         return self.directions.detach()
@@ -249,7 +269,7 @@ class SparseDictionary(nn.Module, ABC):
                 f"z must have d_sae={self.d_sae} columns, got shape {tuple(z.shape)}; "
                 "did you pass activations?"
             )
-        x_hat = z @ self.directions + self.b_dec
+        x_hat = self.product(z, self.directions) + self.b_dec
         correction = self.correction(z)
         return x_hat if correction is None else x_hat + correction
 
@@ -310,7 +330,10 @@ class SparseDictionary(nn.Module, ABC):
             with poutine.scale(scale=kl_weight):
                 z = pyro.sample("codes", self.prior())
             likelihood = dist.Normal(self.decode(z), self.noise_scale).to_event(1)
-            return pyro.sample("activations", likelihood, obs=x)
+            expectation = {}
+            if self.has_linear_decoder:
+                expectation = {"expect": "codes", "squared_norms": self.directions.square().sum(-1)}
+            return pyro.sample("activations", likelihood, obs=x, infer=expectation)
 
     @final
     def guide(self, x: Tensor | None = None, kl_weight: float = 1.0, n_tokens: int = 1) -> Tensor:

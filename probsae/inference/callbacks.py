@@ -1,0 +1,174 @@
+"""What may watch a fit, or act on it, between two steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from probsae.inference.elbo import Objective
+from probsae.metrics.recovery import max_cosines
+from probsae.models.base import SparseDictionary
+from probsae.models.files import atomic_write, save_dictionary
+
+
+@dataclass
+class FitState:
+    """Where a fit stands; callbacks read it and may change the model or the optimiser in place."""
+
+    model: SparseDictionary
+    optimizer: torch.optim.Optimizer
+    data: Any
+    n_steps: int
+    device: torch.device
+    seed: int
+    step: int = 0
+    """Steps done so far."""
+    batch: Float[Tensor, "token d_in"] | None = None
+    """The step's activations."""
+    objective: Objective | None = None
+    """The step's losses, detached tensors on the device: reading one waits for the device."""
+    history: dict[str, list[float]] = field(default_factory=dict)
+    """Values logged so far; see `FitResult.history`."""
+
+
+class Callback:
+    """Base of callbacks; override what you need."""
+
+    def on_start(self, state: FitState) -> None:
+        """Run before the first step."""
+
+    def on_step(self, state: FitState) -> None:
+        """Run after each step; keep it cheap, and do not read tensors at every step on a GPU."""
+
+    def on_end(self, state: FitState) -> None:
+        """Run after the last step; not run when the fit fails."""
+
+
+class FeatureTracker(Callback):
+    """Follow how many known features are learned, and how many entries are dead.
+
+    Parameters
+    ----------
+    features : Tensor, shape (feature, d_in)
+        Known directions, for instance `SyntheticActivations.features`.
+    every : int, default 100
+        Steps between two looks.
+    threshold : float, default 0.9
+        Cosine from which a known feature counts as learned.
+    dead_rate : float, default 1e-5
+        Mean p_active over the steps since the last look below which an entry counts as dead.
+
+    Attributes
+    ----------
+    history : dict of lists
+        `step`, `mmcs`, `n_learned`, `n_dead`.
+    """
+
+    def __init__(
+        self,
+        features: Float[Tensor, "feature d_in"],
+        every: int = 100,
+        threshold: float = 0.9,
+        dead_rate: float = 1e-5,
+    ):
+        self.features, self.every = features, every
+        self.threshold, self.dead_rate = threshold, dead_rate
+        self.history: dict[str, list[float]] = {
+            name: [] for name in ("step", "mmcs", "n_learned", "n_dead")
+        }
+        self._rate_sum: Tensor | None = None
+
+    def on_step(self, state: FitState) -> None:
+        assert state.objective is not None
+        rate = state.objective.firing_rate
+        self._rate_sum = rate.clone() if self._rate_sum is None else self._rate_sum.add_(rate)
+        if state.step % self.every and state.step != state.n_steps:
+            return
+        cosines = max_cosines(state.model.dictionary(), self.features.to(state.device))
+        n_since = (state.step - 1) % self.every + 1
+        row = {
+            "step": state.step,
+            "mmcs": float(cosines.mean()),
+            "n_learned": int((cosines > self.threshold).sum()),
+            "n_dead": int((self._rate_sum / n_since < self.dead_rate).sum()),
+        }
+        for name, value in row.items():
+            self.history[name].append(value)
+        self._rate_sum = None
+
+
+class Checkpoint(Callback):
+    """Write model and optimiser every so many steps; `fit(..., resume=path)` goes on from there.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder to write to. It holds either the last complete checkpoint or none: each one is
+        written beside it and moved into place.
+    every : int, default 500
+        Steps between two checkpoints.
+    """
+
+    def __init__(self, path: str | Path, every: int = 500):
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        self.path, self.every = Path(path), every
+
+    def on_step(self, state: FitState) -> None:
+        if state.step % self.every == 0 or state.step == state.n_steps:
+            save_checkpoint(self.path, state)
+
+
+def save_checkpoint(path: Path, state: FitState) -> None:
+    """Write everything that the next step depends on, as one folder, atomically."""
+    optimizer = state.optimizer.state_dict()["state"]
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, moments in optimizer.items()
+        for name, value in moments.items()
+    }
+    tensors["rng"] = torch.get_rng_state()
+    progress = {"step": state.step, "n_steps": state.n_steps, "seed": state.seed}
+    with atomic_write(path) as folder:
+        save_dictionary(state.model, folder)
+        save_file(tensors, folder / "optimizer.safetensors")
+        (folder / "fit.json").write_text(json.dumps({**progress, "history": state.history}))
+
+
+def load_checkpoint(path: str | Path, state: FitState) -> None:
+    """Set model, optimiser, step and history of `state` to those of a checkpoint.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no complete checkpoint at `path`.
+    ValueError
+        If the checkpoint belongs to another model, seed or number of steps.
+    """
+    path = Path(path)
+    if not (path / "fit.json").exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: it needs fit.json; check the path")
+    saved = json.loads((path / "fit.json").read_text())
+    for name in ("n_steps", "seed"):
+        if saved[name] != getattr(state, name):
+            raise ValueError(
+                f"the checkpoint at {path} was made with {name}={saved[name]}, this fit has "
+                f"{getattr(state, name)}; resume with the same settings"
+            )
+    state.model.load_state_dict(load_file(path / "model.safetensors"))
+    tensors = load_file(path / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("rng"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        moments.setdefault(int(index), {})[name] = value
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    state.step, state.history = saved["step"], saved["history"]

@@ -1,0 +1,212 @@
+"""The exact ELBO of a linear decoder, twice: on the Pyro programs, and as a compilable function.
+
+For x | z ~ N(z W + b, sigma^2 I) and a factorised q with m = E z and v = Var z,
+
+    E_q |x - b - z W|^2 = |x - b - m W|^2 + sum_i v_i |w_i|^2,
+
+so no code is sampled and the gradient has no noise. Source: Titsias and Lazaro-Gredilla (2011),
+"Spike and slab variational inference for multi-task and multiple kernel learning", section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceMeanField_ELBO
+from pyro.poutine.util import prune_subsample_sites
+from pyro.infer.util import torch_item
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from probsae.models.base import CodePosterior, SparseDictionary, as_event
+
+
+class ElboTerms(NamedTuple):
+    """The ELBO's parts, nats per token."""
+
+    log_likelihood: Float[Tensor, " token"]
+    """E_q log p(x | z), exact."""
+    kl: Float[Tensor, " token"]
+    """KL(q(z | x) || p(z)); for a point posterior -log p(z)."""
+    squared_error: Float[Tensor, " token"]
+    """|x - x_hat|^2 with x_hat decoded from the posterior mean; units of the activations squared."""
+
+    @property
+    def elbo(self) -> Float[Tensor, " token"]:
+        """Lower bound of log p(x), nats per token; higher is better."""
+        return self.log_likelihood - self.kl
+
+
+class Objective(NamedTuple):
+    """What one training step minimises and shows."""
+
+    loss: Float[Tensor, ""]
+    """Minimised: -(E log p(x|z) - kl_weight KL) + auxiliary losses, nats per token."""
+    elbo: Float[Tensor, ""]
+    """ELBO at full KL weight, nats per token; higher is better."""
+    log_likelihood: Float[Tensor, ""]
+    """Its first part."""
+    kl: Float[Tensor, ""]
+    """Its second part."""
+    auxiliary: Float[Tensor, ""]
+    """Losses beside the ELBO, and minus the log prior of learned parameters, nats per token."""
+    fvu: Float[Tensor, ""]
+    """Fraction of the batch's variance unexplained by the posterior mean; lower is better."""
+    firing_rate: Float[Tensor, " d_sae"]
+    """Mean p_active of each feature over the batch."""
+
+    @property
+    def l0(self) -> Tensor:
+        """Expected number of active features a token."""
+        return self.firing_rate.sum()
+
+
+def elbo_terms(
+    model: SparseDictionary, x: Float[Tensor, "token d_in"], posterior: CodePosterior | None = None
+) -> ElboTerms:
+    """Compute the exact ELBO of each token in closed form.
+
+    Parameters
+    ----------
+    model : SparseDictionary
+        With a linear decoder.
+    x : Tensor, shape (token, d_in)
+        Activations.
+    posterior : CodePosterior, optional
+        Of `x`; the model's own where None.
+
+    Raises
+    ------
+    ValueError
+        If the decoder is not linear: the expectation has no closed form then.
+    """
+    require_linear_decoder(model)
+    posterior = model.posterior(x) if posterior is None else posterior
+    residual = x - model.decode(posterior.mean)
+    squared_error = residual.square().sum(-1)
+    spread = posterior.variance.sum(-1)  # sum_i v_i |w_i|^2 with unit rows
+    noise_variance = model.noise_scale.square()
+    log_likelihood = -0.5 * (
+        (squared_error + spread) / noise_variance
+        + model.d_in * (noise_variance.log() + math.log(2 * math.pi))
+    )
+    kl = kl_divergence(as_event(posterior.distribution), model.prior())
+    return ElboTerms(log_likelihood, kl, squared_error)
+
+
+def objective(
+    model: SparseDictionary, x: Float[Tensor, "token d_in"], kl_weight: float | Tensor = 1.0
+) -> Objective:
+    """Compute a training step's loss and what the progress bar shows; pure torch.
+
+    `torch.compile` takes it with fullgraph=True. The weight `kl_weight` in [0, 1] anneals the
+    Kullback-Leibler term (a deterministic SAE's sparsity penalty).
+    """
+    posterior = model.posterior(x)
+    terms = elbo_terms(model, x, posterior)
+    zero = terms.kl.new_zeros(())
+    extra = model.auxiliary_loss(x, posterior, kl_weight)
+    auxiliary = zero if extra is None else extra.mean()
+    log_prior = model.log_prior_parameters()
+    if log_prior is not None:
+        auxiliary = auxiliary - log_prior / (model.n_tokens or len(x))
+    log_likelihood, kl = terms.log_likelihood.mean(), terms.kl.mean()
+    loss = kl_weight * kl - log_likelihood + auxiliary
+    total_variance = (x - x.mean(0)).square().sum()
+    return Objective(
+        loss=loss,
+        elbo=(log_likelihood - kl).detach(),
+        log_likelihood=log_likelihood.detach(),
+        kl=kl.detach(),
+        auxiliary=auxiliary.detach(),
+        fvu=terms.squared_error.detach().sum() / total_variance,
+        firing_rate=posterior.p_active.detach().mean(0),
+    )
+
+
+class ExactELBO(TraceMeanField_ELBO):
+    """Pyro's mean-field ELBO with the likelihood's exact expectation in place of one draw.
+
+    Works on the programs `model.model` and `model.guide` of any dictionary with a linear
+    decoder, wherever Pyro takes an ELBO. `loss` is the NEGATIVE ELBO of the whole batch, Pyro's
+    convention.
+
+    Raises
+    ------
+    ValueError
+        When used on a program whose observed site does not say how to take its expectation: the
+        decoder is not linear.
+
+    Notes
+    -----
+    The guide's draw of the codes is replaced by their mean, on which the model is replayed; the
+    log-likelihood there, less half the codes' variance in units of the noise, is its exact
+    expectation. The observed site carries what is needed as `infer={"expect": "codes",
+    "squared_norms": ...}`.
+
+    Examples
+    --------
+    >>> import probsae as ps, pyro
+    >>> model = ps.SpikeSlabDictionary(d_in=8, d_sae=16)
+    >>> optimizer = pyro.optim.Adam({"lr": 1e-3})
+    >>> svi = pyro.infer.SVI(model.model, model.guide, optimizer, ps.inference.ExactELBO())
+    """
+
+    def _get_trace(self, model, guide, args, kwargs):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        for site in guide_trace.nodes.values():
+            if site["type"] == "sample" and site["name"] == "codes":
+                site["value"] = CodePosterior(site["fn"].base_dist).mean
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+            *args, **kwargs
+        )
+        model_trace = prune_subsample_sites(model_trace)
+        guide_trace = prune_subsample_sites(guide_trace)
+        model_trace.compute_log_prob()
+        guide_trace.compute_score_parts()
+        return model_trace, guide_trace
+
+    def _differentiable_loss_particle(self, model_trace, guide_trace):
+        elbo = torch.zeros(())
+        for name, site in model_trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            if site["is_observed"]:
+                elbo = elbo + site["log_prob_sum"] - _spread(site, guide_trace)
+            else:
+                q = guide_trace.nodes[name]
+                kl = kl_divergence(q["fn"], site["fn"])
+                elbo = elbo - scale_and_mask(kl, q["scale"], q["mask"]).sum()
+        for name, site in guide_trace.nodes.items():
+            if site["type"] == "sample" and name not in model_trace.nodes:
+                elbo = elbo - site["score_parts"].entropy_term.sum()
+        return torch_item(-elbo), -elbo
+
+
+def _spread(site: dict, guide_trace: poutine.Trace) -> Tensor | float:
+    """What the codes' variance takes from the log-likelihood at their mean, summed over tokens."""
+    if site["name"] != "activations":
+        return 0.0
+    if "squared_norms" not in site["infer"]:
+        raise ValueError(_NEEDS_LINEAR)
+    posterior = CodePosterior(guide_trace.nodes[site["infer"]["expect"]]["fn"].base_dist)
+    noise_variance = site["fn"].base_dist.scale.square()[..., 0]
+    spread = 0.5 * (posterior.variance @ site["infer"]["squared_norms"]) / noise_variance
+    return scale_and_mask(spread, site["scale"], site["mask"]).sum()
+
+
+_NEEDS_LINEAR = (
+    "the exact ELBO needs a linear decoder, and this model has an MLP in its decoder; "
+    "use pyro.infer.TraceMeanField_ELBO(), which samples the codes"
+)
+
+
+def require_linear_decoder(model: SparseDictionary) -> None:
+    """Raise where the expectation under the decoder has no closed form."""
+    if not model.has_linear_decoder:
+        raise ValueError(_NEEDS_LINEAR)

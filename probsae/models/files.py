@@ -1,0 +1,112 @@
+"""A dictionary on disk: model.safetensors and config.json; nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from probsae.models.base import SparseDictionary
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of `path` when the block ends well.
+
+    After an error, or a kill at any point, `path` is what it was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    folder.chmod(0o755)
+    if path.exists():
+        retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        os.replace(path, retired / "old")
+        os.replace(folder, path)
+        shutil.rmtree(retired)
+    else:
+        os.replace(folder, path)
+
+
+def save_dictionary(model: SparseDictionary, folder: Path) -> None:
+    """Write the two files of `model` into an existing folder."""
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "class": type(model).__name__,
+        "probsae_version": version("probsae"),
+        "hyperparameters": model.hyperparameters(),
+        "n_tokens": model.n_tokens,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def save(model: SparseDictionary, path: str | Path) -> None:
+    """Write `model` to the folder `path`, atomically.
+
+    Parameters
+    ----------
+    model : SparseDictionary
+        Any exported dictionary, fitted or not.
+    path : str or Path
+        Folder; replaced as a whole if it exists.
+    """
+    with atomic_write(path) as folder:
+        save_dictionary(model, folder)
+
+
+def load(path: str | Path, device: str = "cpu") -> SparseDictionary:
+    """Read a dictionary written by `save`, as the class that was saved.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder with model.safetensors and config.json.
+    device : str, default "cpu"
+        Where to put its tensors.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one of the two files is missing.
+    ValueError
+        If a file is damaged, or names a class or shapes that do not fit.
+    """
+    import probsae.models as models  # the package imports this module first
+
+    path = Path(path)
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).exists():
+            raise FileNotFoundError(
+                f"{path} must hold config.json and model.safetensors, and {name} is missing; "
+                "pass the folder that `save` or `probsae fit` wrote"
+            )
+    try:
+        config = json.loads((path / "config.json").read_text())
+        tensors = load_file(path / "model.safetensors", device=device)
+        model_class = getattr(models, config["class"], None)
+        hyperparameters = config["hyperparameters"]
+    except (json.JSONDecodeError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} does not hold a readable dictionary: {error!r}") from error
+    if not (isinstance(model_class, type) and issubclass(model_class, SparseDictionary)):
+        raise ValueError(f"{path} was saved as {config['class']!r}, which probsae does not have")
+    model = model_class(**hyperparameters).to(device)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"the tensors in {path} do not fit its config.json: {error}") from error
+    model.n_tokens = config.get("n_tokens")
+    return model.eval()
