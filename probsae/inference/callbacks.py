@@ -34,7 +34,7 @@ class FitState:
     """The step's activations."""
     objective: Objective | None = None
     """The step's losses, detached tensors on the device: reading one waits for the device."""
-    history: dict[str, list[float]] = field(default_factory=dict)
+    history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
 
 
@@ -80,7 +80,7 @@ class FeatureTracker(Callback):
     ):
         self.features, self.every = features, every
         self.threshold, self.dead_rate = threshold, dead_rate
-        self.history: dict[str, list[float]] = {
+        self.history: dict[str, list[float | int]] = {
             name: [] for name in ("step", "mmcs", "n_learned", "n_dead")
         }
         self._rate_sum: Tensor | None = None

@@ -48,7 +48,7 @@ class FitResult:
     """
 
     model: SparseDictionary
-    history: dict[str, list[float]]
+    history: dict[str, list[float | int]]
     n_steps: int
     n_tokens: int
 

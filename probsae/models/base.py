@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab
@@ -39,7 +40,7 @@ class CodePosterior:
 
     def __init__(
         self,
-        distribution: Any,
+        distribution: Distribution,
         activity_threshold: float | Tensor = 0.0,
         pre_activation: Tensor | None = None,
     ):
@@ -180,7 +181,7 @@ class SparseDictionary(nn.Module, ABC):
     # ------------------------------------------------------------------ hooks
 
     @abstractmethod
-    def prior(self) -> dist.TorchDistribution:
+    def prior(self) -> Distribution:
         """Distribution of one token's codes, event shape (d_sae,)."""
 
     @abstractmethod
@@ -320,7 +321,9 @@ class SparseDictionary(nn.Module, ABC):
     # ------------------------------------------------------------ Pyro programs
 
     @final
-    def model(self, x: Tensor | None = None, kl_weight: float = 1.0, n_tokens: int = 1) -> Tensor:
+    def model(
+        self, x: Tensor | None = None, kl_weight: float | Tensor = 1.0, n_tokens: int = 1
+    ) -> Tensor:
         """Pyro program of the generative model; with `x` None it draws `n_tokens` tokens."""
         n_tokens = n_tokens if x is None else len(x)
         log_prior = self.log_prior_parameters()
@@ -336,7 +339,9 @@ class SparseDictionary(nn.Module, ABC):
             return pyro.sample("activations", likelihood, obs=x, infer=expectation)
 
     @final
-    def guide(self, x: Tensor | None = None, kl_weight: float = 1.0, n_tokens: int = 1) -> Tensor:
+    def guide(
+        self, x: Tensor | None = None, kl_weight: float | Tensor = 1.0, n_tokens: int = 1
+    ) -> Tensor:
         """Pyro program of the posterior: the encoder."""
         if x is None:
             raise ValueError("the guide encodes activations and needs x, got None")
@@ -349,7 +354,7 @@ class SparseDictionary(nn.Module, ABC):
                 return pyro.sample("codes", as_event(posterior.distribution))
 
 
-def as_event(distribution: Any) -> dist.TorchDistribution:
+def as_event(distribution: Distribution) -> Distribution:
     """Declare the last axis, the features, as one event."""
     return dist.Independent(distribution, 1)
 

@@ -1,0 +1,85 @@
+"""Weights & Biases as a callback: online when logged in or asked, offline and silent otherwise."""
+
+from __future__ import annotations
+
+import os
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any, Literal
+
+from probsae.inference.callbacks import Callback, FitState
+
+
+class WandbLogger(Callback):
+    """Log a fit's elbo, fvu, l0 and noise scale to Weights & Biases.
+
+    Parameters
+    ----------
+    project : str, default "probsae"
+        Project to log to.
+    every : int, default 50
+        Steps between two log lines.
+    mode : {"online", "offline", "disabled"}, optional
+        Online where a wandb account is configured on this machine, offline otherwise.
+    directory : str or Path, optional
+        Where wandb writes its files; its own default where None.
+    **settings
+        Passed on to `wandb.init` (name, group, tags, config...).
+    """
+
+    def __init__(
+        self,
+        project: str = "probsae",
+        every: int = 50,
+        mode: Literal["online", "offline", "disabled"] | None = None,
+        directory: str | Path | None = None,
+        **settings: Any,
+    ):
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        self.project, self.every, self.mode = project, every, mode
+        self.directory, self.settings = directory, settings
+        self.run: Any = None
+
+    def on_start(self, state: FitState) -> None:
+        import wandb  # slow to import, and only this module needs it
+
+        mode = self.mode or ("online" if _is_logged_in() else "offline")
+        config = {
+            "model": type(state.model).__name__,
+            **state.model.hyperparameters(),
+            "n_steps": state.n_steps,
+            "seed": state.seed,
+            **self.settings.pop("config", {}),
+        }
+        self.run = wandb.init(
+            project=self.project,
+            mode=mode,
+            dir=str(self.directory) if self.directory else None,
+            config=config,
+            settings=wandb.Settings(silent=True),
+            **self.settings,
+        )
+
+    def on_step(self, state: FitState) -> None:
+        if state.step % self.every and state.step != state.n_steps:
+            return
+        objective = state.objective
+        assert objective is not None
+        values = {name: float(getattr(objective, name)) for name in ("elbo", "kl", "fvu", "l0")}
+        values["loss"] = float(objective.loss.detach())
+        values["noise_scale"] = float(state.model.noise_scale.detach())
+        self.run.log(values, step=state.step)
+
+    def on_end(self, state: FitState) -> None:
+        self.run.finish(quiet=True)
+
+
+def _is_logged_in() -> bool:
+    """Whether an API key is at hand, without asking for one or reaching for the network."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, NetrcParseError):
+        return False

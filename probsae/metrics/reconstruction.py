@@ -1,0 +1,37 @@
+"""How much of the activations a reconstruction keeps."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def mse(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
+    """Squared error summed over d_in, mean over tokens; squared units of x, lower is better."""
+    _check(x, x_hat)
+    return float((x - x_hat).square().sum(-1).double().mean())
+
+
+def fvu(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
+    """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean x|^2; lower is better.
+
+    Both sums run over all tokens and dimensions. 1 is what the mean alone achieves; explained
+    variance is 1 - fvu.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or all tokens are equal: there is no variance to explain.
+    """
+    _check(x, x_hat)
+    total = (x - x.mean(dim=0)).square().double().sum()
+    if not total > 0:
+        raise ValueError("x must hold at least two different tokens to have a variance")
+    return float((x - x_hat).square().double().sum() / total)
+
+
+def _check(x: Tensor, x_hat: Tensor) -> None:
+    if x.shape != x_hat.shape:
+        raise ValueError(
+            f"x and x_hat must have one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}"
+        )

@@ -1,0 +1,205 @@
+"""How much of a known dictionary, and of its supports, a learned one recovers.
+
+"True" features come second in every call. Higher is better throughout; each score has a chance
+level, `chance_level`, which belongs beside it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+ArrayLike = Tensor | np.ndarray
+
+# Rows of the larger dictionary whose cosines are held at once: 64 MB at 4,096 columns.
+_CHUNK = 4096
+
+
+def max_cosines(learned: ArrayLike, true: ArrayLike) -> Float[Tensor, " feature"]:
+    """Return, for each true feature, its largest cosine with a learned one.
+
+    Parameters
+    ----------
+    learned : tensor or array, shape (d_sae, d_in)
+        Learned directions, of any norm.
+    true : tensor or array, shape (feature, d_in)
+        True directions, of any norm.
+
+    Raises
+    ------
+    ValueError
+        If the widths differ, or one of them has no rows.
+    """
+    learned, true = _unit_rows(learned, true)
+    return torch.cat([(rows @ learned.T).amax(dim=1) for rows in true.split(_CHUNK)])
+
+
+def mmcs(learned: ArrayLike, true: ArrayLike) -> float:
+    """Mean over TRUE features of the largest cosine with a learned one: recall-like, in [-1, 1].
+
+    Source: Sharkey, Braun and Millidge (2022). The name is also used for the mean over learned
+    features, here `mmcs_precision`.
+
+    Examples
+    --------
+    >>> mmcs(torch.eye(3), torch.eye(3)[:2])
+    1.0
+    """
+    return float(max_cosines(learned, true).mean())
+
+
+def mmcs_precision(learned: ArrayLike, true: ArrayLike) -> float:
+    """Mean over LEARNED features of the largest cosine with a true one: precision-like."""
+    return float(max_cosines(true, learned).mean())
+
+
+def share_recovered(learned: ArrayLike, true: ArrayLike, threshold: float = 0.9) -> float:
+    """Share of true features with a learned one at a cosine above `threshold`."""
+    return float((max_cosines(learned, true) > threshold).double().mean())
+
+
+class Match(NamedTuple):
+    """A one-to-one assignment of learned to true features."""
+
+    learned: Int[Tensor, " pair"]
+    """Row in the learned dictionary."""
+    true: Int[Tensor, " pair"]
+    """Row in the true dictionary, ascending."""
+    cosine: Float[Tensor, " pair"]
+    """Cosine of the two."""
+
+    def above(self, threshold: float) -> Match:
+        """Keep the pairs whose cosine is above `threshold`."""
+        keep = self.cosine > threshold
+        return Match(self.learned[keep], self.true[keep], self.cosine[keep])
+
+
+def match_features(learned: ArrayLike, true: ArrayLike) -> Match:
+    """Assign learned to true features one to one, with the largest sum of cosines (Hungarian).
+
+    Where the dictionaries differ in size, the smaller one is matched completely.
+    """
+    learned, true = _unit_rows(learned, true)
+    cosine = (true @ learned.T).cpu().numpy()
+    # scipy's shortest augmenting paths start from the rows; fewer rows than columns is quick.
+    is_wide = cosine.shape[0] <= cosine.shape[1]
+    rows, columns = linear_sum_assignment(cosine if is_wide else cosine.T, maximize=True)
+    matched_true, matched_learned = (rows, columns) if is_wide else (columns, rows)
+    order = np.argsort(matched_true)
+    matched_true, matched_learned = matched_true[order], matched_learned[order]
+    return Match(
+        torch.from_numpy(matched_learned),
+        torch.from_numpy(matched_true),
+        torch.from_numpy(cosine[matched_true, matched_learned]),
+    )
+
+
+def mcc(learned: ArrayLike, true: ArrayLike) -> float:
+    """Mean cosine of the Hungarian assignment, over the smaller dictionary's features."""
+    return float(match_features(learned, true).cosine.mean())
+
+
+class SupportScores(NamedTuple):
+    """How well predicted supports agree with true ones, pooled over tokens and features."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def support_scores(
+    is_active: Bool[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"]
+) -> SupportScores:
+    """Compare supports of features already matched to each other, column by column.
+
+    Unmatched true features are the caller's to keep: a column of False in `is_active` counts
+    their misses.
+    """
+    if is_active.shape != is_true.shape:
+        raise ValueError(
+            f"supports must have one shape, got {tuple(is_active.shape)} and "
+            f"{tuple(is_true.shape)}; match the features first"
+        )
+    hits = int((is_active & is_true).sum())
+    n_predicted, n_true = int(is_active.sum()), int(is_true.sum())
+    precision = hits / n_predicted if n_predicted else 0.0
+    recall = hits / n_true if n_true else 0.0
+    return SupportScores(precision, recall, 2 * hits / max(1, n_predicted + n_true))
+
+
+def best_threshold_f1(
+    score: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"]
+) -> tuple[float, float]:
+    """Return the largest F1 of `score > threshold` over all thresholds at least 0, and that one.
+
+    A deterministic SAE has no probability to cut at one half; this grants it the best cut on the
+    size of its codes, found with the truth in hand.
+    """
+    n_true = int(is_true.sum())
+    is_candidate = score > 0
+    order = torch.argsort(score[is_candidate], descending=True)
+    values = score[is_candidate][order]
+    if n_true == 0 or len(values) == 0:
+        return 0.0, 0.0
+    hits = torch.cumsum(is_true[is_candidate][order].double(), dim=0)
+    n_predicted = torch.arange(1, len(hits) + 1, device=hits.device)
+    f1 = 2 * hits / (n_predicted + n_true)
+    # Ties enter together: only the last of equal scores is a threshold.
+    is_last = torch.ones_like(values, dtype=torch.bool)
+    is_last[:-1] = values[:-1] != values[1:]
+    f1 = torch.where(is_last, f1, 0.0)
+    best = int(f1.argmax())
+    below = values[best + 1] if best + 1 < len(values) else torch.zeros_like(values[0])
+    return float(f1[best]), float((values[best] + below) / 2)
+
+
+def chance_level(
+    n_learned: int, n_true: int, d_in: int, seed: int = 0
+) -> dict[str, float]:
+    """Scores of a random unit dictionary against another: what a method gets for nothing.
+
+    Parameters
+    ----------
+    n_learned, n_true, d_in : int
+        Sizes of the two dictionaries.
+    seed : int
+        Of both.
+
+    Returns
+    -------
+    dict
+        `mmcs`, `mmcs_precision`, `mcc`, `share_recovered`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    learned = torch.randn(n_learned, d_in, generator=generator)
+    true = torch.randn(n_true, d_in, generator=generator)
+    return {
+        "mmcs": mmcs(learned, true),
+        "mmcs_precision": mmcs_precision(learned, true),
+        "mcc": mcc(learned, true),
+        "share_recovered": share_recovered(learned, true),
+    }
+
+
+def _unit_rows(learned: ArrayLike, true: ArrayLike) -> tuple[Tensor, Tensor]:
+    both = []
+    for name, value in (("learned", learned), ("true", true)):
+        tensor = torch.as_tensor(value).detach().float()
+        if tensor.ndim != 2 or len(tensor) == 0:
+            raise ValueError(
+                f"{name} must have shape (features, d_in) with at least one row, "
+                f"got {tuple(tensor.shape)}"
+            )
+        both.append(F.normalize(tensor, dim=-1))
+    if both[0].shape[1] != both[1].shape[1]:
+        raise ValueError(
+            f"the dictionaries must have one width, got d_in={both[0].shape[1]} (learned) and "
+            f"{both[1].shape[1]} (true)"
+        )
+    return both[0], both[1].to(both[0].device)

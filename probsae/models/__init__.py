@@ -1,0 +1,20 @@
+"""The dictionaries: probabilistic ones here, deterministic ones in `probsae.models.sae`."""
+
+from probsae.models.base import CodePosterior, PointPosterior, SparseDictionary
+from probsae.models.files import load, save
+from probsae.models.laplace import LaplaceDictionary
+from probsae.models.rectified_gaussian import RectifiedGaussianDictionary
+from probsae.models.spike_slab import SpikeSlabDictionary
+from probsae.models.vae import SparseVAE
+
+__all__ = [
+    "CodePosterior",
+    "LaplaceDictionary",
+    "PointPosterior",
+    "RectifiedGaussianDictionary",
+    "SparseDictionary",
+    "SparseVAE",
+    "SpikeSlabDictionary",
+    "load",
+    "save",
+]

@@ -1,0 +1,102 @@
+"""Learned sparse priors over codes, shared by the dictionaries that use them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from probsae.distributions import SpikeSlab, TruncatedNormal
+
+Slab = Literal["normal", "half_normal", "truncated_normal"]
+
+# Where gates begin: .04 x 768 is some 30 features a token, enough that each gets a gradient.
+_INITIAL_RATE = 0.04
+
+
+def slab_law(slab: Slab, loc: Tensor, scale: Tensor) -> Distribution:
+    """Return the law of an active code: on the line, or on the half line."""
+    if slab == "normal":
+        return dist.Normal(loc, scale, validate_args=False)
+    return TruncatedNormal(loc, scale, validate_args=False)
+
+
+class SpikeSlabPrior(nn.Module):
+    """rate slab + (1 - rate) delta_0 for each feature, with rate ~ Beta(a, b).
+
+    Parameters
+    ----------
+    d_sae : int
+        Number of features.
+    slab : {"normal", "half_normal", "truncated_normal"}
+        Law of an active code: Normal(mean, scale), HalfNormal(scale), or Normal(mean, scale)
+        given that it is positive.
+    rate_prior : (float, float)
+        a and b of the Beta prior on each rate; the rate itself is at the mode of its posterior.
+
+    Raises
+    ------
+    ValueError
+        If the slab is unknown or the Beta's parameters are not positive.
+    """
+
+    dimensional = ("slab_mean",)
+
+    def __init__(self, d_sae: int, slab: Slab, rate_prior: Sequence[float]):
+        super().__init__()
+        if slab not in get_args(Slab):
+            raise ValueError(f"slab must be one of {get_args(Slab)}, got {slab!r}")
+        if len(rate_prior) != 2 or min(rate_prior) <= 0:
+            raise ValueError(f"rate_prior must be two positive numbers (a, b), got {rate_prior}")
+        self.slab: Slab = slab
+        self.rate_prior = (float(rate_prior[0]), float(rate_prior[1]))
+        self.rate_logit = nn.Parameter(
+            torch.full((d_sae,), math.log(_INITIAL_RATE / (1 - _INITIAL_RATE)))
+        )
+        is_centred = slab == "half_normal"
+        self.slab_mean = nn.Parameter(torch.zeros(d_sae), requires_grad=not is_centred)
+        self.log_slab_scale = nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def rate(self) -> Float[Tensor, " d_sae"]:
+        """Probability that a feature is active on a token."""
+        return torch.sigmoid(self.rate_logit)
+
+    @property
+    def slab_scale(self) -> Float[Tensor, " d_sae"]:
+        """Scale of an active code's law, units of the activations."""
+        return self.log_slab_scale.exp()
+
+    def forward(self) -> SpikeSlab:
+        """Return the prior, batch shape (d_sae,)."""
+        law = slab_law(self.slab, self.slab_mean, self.slab_scale)
+        return SpikeSlab(self.rate_logit, law, validate_args=False)
+
+    def log_density_of_rates(self) -> Tensor:
+        """Log of the Beta density at the rates, up to a constant; nats."""
+        a, b = self.rate_prior
+        log_rate = nn.functional.logsigmoid(self.rate_logit)
+        log_rest = nn.functional.logsigmoid(-self.rate_logit)
+        return ((a - 1) * log_rate + (b - 1) * log_rest).sum()
+
+    @torch.no_grad()
+    def initialize_(self, code_size: float) -> None:
+        """Centre the slab on `code_size`, wide enough to reach zero."""
+        if self.slab != "half_normal":
+            self.slab_mean.fill_(0.7 * code_size)
+        self.log_slab_scale.fill_(math.log(0.5 * code_size))
+
+
+def typical_code_size(x_centered: Float[Tensor, "token d_in"]) -> float:
+    """Guess a code's size: with as many features active as the initial rate has in 768.
+
+    A token of L active features with unit directions and codes c has norm c sqrt(L); L = 30 is
+    where the gates begin, and the fit goes on from there.
+    """
+    return max(float(x_centered.norm(dim=1).median()) / math.sqrt(30), 1e-12)

@@ -1,0 +1,252 @@
+"""Activations made of known features, to see whether a dictionary finds them.
+
+Source of the generators: Sharkey, Braun and Millidge (2022), "Taking features out of
+superposition with sparse autoencoders", and the code of Cunningham et al. (2023). Their forms
+mislead in three ways, corrected here:
+
+- firing probabilities decay^i n_active / n_features do not sum to n_active (at decay .99 and 512
+  features .97 features are active a token, not 5, and 38% of tokens are empty): renormalised;
+- their "correlated" features share one Gaussian draw for a whole batch, so that inside a batch
+  they are independent: kept as `"per_batch"`, beside a copula for each token, `"copula"`;
+- one of their magnitudes is a product of two uniforms of which only one is returned with the
+  codes: `sample` returns exactly the codes that made the activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Correlation = Literal["copula", "per_batch"]
+Magnitudes = Literal["uniform", "uniform_product"] | tuple[float, float]
+
+# Streams drawn from one seed: directions and correlations, `sample`, and one for each `batches`.
+_SAMPLE_STREAM, _BATCH_STREAM = 1_000_003, 2_000_003
+# Factors of the copula: features share 8 latent causes, with loadings that leave each feature
+# half its variance of its own. Correlations of the latent Gaussians then spread over (-.5, .5).
+_N_FACTORS, _SHARED_VARIANCE = 8, 0.5
+
+
+class SyntheticActivations:
+    r"""x = z F + noise, with sparse codes z and unit rows of F, all known.
+
+    Feature i fires with probability p_i proportional to decay^i, scaled so that `n_active`
+    features are active a token on average.
+
+    Parameters
+    ----------
+    d_in : int, default 256
+        Width of the activations.
+    n_features : int, default 512
+        Number of true features.
+    n_active : float, default 5
+        Features active a token, on average.
+    decay : float in (0, 1], default 0.99
+        Ratio of successive firing probabilities; 1 makes them equal.
+    correlation : {None, "copula", "per_batch"}
+        None: features fire independently. "copula": a Gaussian copula for each token, so that
+        features co-occur; every feature keeps its firing probability. "per_batch": the original
+        form, one Gaussian draw a call scales the probabilities of that call, which are brought
+        back to sum to `n_active`; features are independent inside it.
+    magnitudes : {"uniform", "uniform_product"} or (mean, scale)
+        Size of an active code: U(0, 1); the product of two such (20% are below .05); or
+        Normal(mean, scale) given that it is positive.
+    noise_scale : float, default 0
+        Standard deviation of Gaussian noise in each dimension.
+    seed : int, default 0
+        Of the features, and of all that is drawn.
+    device : str or torch.device, optional
+        Where activations are made; the CPU by default.
+
+    Attributes
+    ----------
+    features : Tensor, shape (n_features, d_in)
+        True directions, unit rows.
+    firing_probability : Tensor, shape (n_features,)
+        Sums to `n_active`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is outside its range, or `n_active` cannot be reached.
+
+    Examples
+    --------
+    >>> data = SyntheticActivations(d_in=16, n_features=32, n_active=3, seed=0)
+    >>> x, z = data.sample(100)
+    >>> bool(torch.allclose(x, z @ data.features))
+    True
+    """
+
+    def __init__(
+        self,
+        d_in: int = 256,
+        n_features: int = 512,
+        n_active: float = 5,
+        decay: float = 0.99,
+        correlation: Correlation | None = None,
+        magnitudes: Magnitudes = "uniform",
+        noise_scale: float = 0.0,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ):
+        _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes, noise_scale)
+        self.d_in, self.n_features, self.n_active = d_in, n_features, n_active
+        self.decay, self.correlation, self.magnitudes = decay, correlation, magnitudes
+        self.noise_scale, self.seed = noise_scale, seed
+        self.device = torch.device(device or "cpu")
+        # Drawn on the CPU: the same features on every device.
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(n_features, d_in, generator=generator)
+        self.features = F.normalize(features, dim=-1).to(self.device)
+        self.firing_probability = firing_probability(n_features, n_active, decay).to(self.device)
+        loadings = torch.randn(n_features, _N_FACTORS, generator=generator)
+        loadings = math.sqrt(_SHARED_VARIANCE) * F.normalize(loadings, dim=-1)
+        self._loadings = loadings.to(self.device)
+        # A feature fires where its standard normal is under this threshold.
+        self._threshold = torch.special.ndtri(self.firing_probability.double()).float()
+        self._generator = self._new_generator(seed + _SAMPLE_STREAM, self.device)
+
+    def sample(
+        self, n_tokens: int, seed: int | None = None
+    ) -> tuple[Float[Tensor, "token d_in"], Float[Tensor, "token feature"]]:
+        """Draw activations and exactly the codes that made them.
+
+        Parameters
+        ----------
+        n_tokens : int
+            Number of tokens.
+        seed : int, optional
+            Makes the draw repeatable; where None, each call goes on in the source's own stream.
+
+        Returns
+        -------
+        x : Tensor, shape (n_tokens, d_in)
+            Activations.
+        z : Tensor, shape (n_tokens, n_features)
+            Codes; zero where a feature is not active.
+        """
+        if n_tokens < 1:
+            raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+        if seed is None:
+            return self._draw(n_tokens, self._generator)
+        return self._draw(n_tokens, self._new_generator(seed + _SAMPLE_STREAM, self.device))
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, device: str | torch.device | None = None
+    ) -> Iterator[Float[Tensor, "token d_in"]]:
+        """Endless fresh batches; a stream of its own for each (source seed, `seed`)."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        source = self if device is None else self.to(device)
+        stream = self.seed * 7919 + seed + _BATCH_STREAM
+        generator = self._new_generator(stream, source.device)
+        while True:
+            yield source._draw(batch_size, generator)[0]
+
+    def __iter__(self) -> Iterator[Float[Tensor, "token d_in"]]:
+        return self.batches(1024)
+
+    def to(self, device: str | torch.device) -> SyntheticActivations:
+        """Return the same source on another device."""
+        if torch.device(device) == self.device:
+            return self
+        return SyntheticActivations(
+            self.d_in,
+            self.n_features,
+            self.n_active,
+            self.decay,
+            self.correlation,
+            self.magnitudes,
+            self.noise_scale,
+            self.seed,
+            device,
+        )
+
+    @staticmethod
+    def _new_generator(seed: int, device: torch.device) -> torch.Generator:
+        return torch.Generator(device=device).manual_seed(seed)
+
+    def _draw(self, n_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        is_active = self._support(n_tokens, generator)
+        z = self._magnitudes((n_tokens, self.n_features), generator) * is_active
+        x = z @ self.features
+        if self.noise_scale:
+            x += self.noise_scale * torch.randn(
+                x.shape, generator=generator, device=self.device
+            )
+        return x, z
+
+    def _support(self, n_tokens: int, generator: torch.Generator) -> Tensor:
+        shape, options = (n_tokens, self.n_features), {"device": self.device}
+        if self.correlation is None:
+            return torch.rand(shape, generator=generator, **options) < self.firing_probability
+        n_draws = n_tokens if self.correlation == "copula" else 1
+        factors = torch.randn(n_draws, _N_FACTORS, generator=generator, **options)
+        own = torch.randn((n_draws, self.n_features), generator=generator, **options)
+        latent = factors @ self._loadings.T + math.sqrt(1 - _SHARED_VARIANCE) * own
+        if self.correlation == "copula":
+            return latent < self._threshold
+        # One draw a call scales all probabilities, which are then brought back to n_active.
+        probability = torch.special.ndtr(latent[0]) * self.firing_probability
+        probability *= self.n_active / probability.sum()
+        return torch.rand(shape, generator=generator, **options) < probability
+
+    def _magnitudes(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+        def uniform() -> Tensor:
+            return torch.rand(shape, generator=generator, device=self.device)
+
+        if self.magnitudes == "uniform":
+            return uniform()
+        if self.magnitudes == "uniform_product":
+            return uniform() * uniform()
+        mean, scale = self.magnitudes
+        # By inversion from the upper tail: z = mean - scale ndtri(u ndtr(mean/scale)), float64.
+        mass = torch.special.ndtr(torch.tensor(mean / scale, dtype=torch.float64))
+        tail = uniform().double().clamp(min=1e-12) * mass.to(self.device)
+        return (mean - scale * torch.special.ndtri(tail)).float().clamp(min=0)
+
+
+def firing_probability(
+    n_features: int, n_active: float, decay: float
+) -> Float[Tensor, " feature"]:
+    """Return probabilities proportional to decay^i, none above 1, that sum to `n_active`."""
+    weight = decay ** torch.arange(n_features, dtype=torch.float64)
+    # The largest may not exceed 1: raise the common factor until the clipped sum is right.
+    low, high = 0.0, n_features / float(weight.min().clamp(min=1e-300))
+    for _ in range(200):
+        factor = (low + high) / 2
+        is_short = float((factor * weight).clamp(max=1).sum()) < n_active
+        low, high = (factor, high) if is_short else (low, factor)
+    return (high * weight).clamp(max=1).float()
+
+
+def _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes, noise_scale):
+    for name, value in (("d_in", d_in), ("n_features", n_features)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {decay}")
+    if not 0 < n_active <= n_features:
+        raise ValueError(f"n_active must be in (0, n_features={n_features}], got {n_active}")
+    if correlation not in (None, "copula", "per_batch"):
+        raise ValueError(
+            f"correlation must be None, 'copula' or 'per_batch', got {correlation!r}"
+        )
+    if noise_scale < 0:
+        raise ValueError(f"noise_scale must be at least 0, got {noise_scale}")
+    if isinstance(magnitudes, str):
+        is_known = magnitudes in ("uniform", "uniform_product")
+    else:
+        is_known = len(magnitudes) == 2 and magnitudes[1] > 0
+    if not is_known:
+        raise ValueError(
+            "magnitudes must be 'uniform', 'uniform_product' or (mean, scale) with scale > 0, "
+            f"got {magnitudes!r}"
+        )

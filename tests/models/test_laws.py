@@ -1,0 +1,261 @@
+"""Laws of every dictionary that `probsae.models` exports; a new one is tested unasked."""
+
+import inspect
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Predictive
+from torch.distributions import kl_divergence
+
+import probsae.models as models
+from probsae.inference import ExactELBO, elbo_terms, fit, objective
+from probsae.models.base import SparseDictionary, as_event
+
+D_IN, D_SAE, N_TOKENS = 6, 10, 64
+# Standard errors that a sum of independent draws exceeds with probability 1e-5.
+K_STANDARD_ERRORS = 4.5
+
+CLASSES = [
+    value
+    for value in vars(models).values()
+    if inspect.isclass(value) and issubclass(value, SparseDictionary) and not inspect.isabstract(value)
+]
+VARIANTS = [(cls, {}) for cls in CLASSES] + [
+    (models.LaplaceDictionary, {"nonnegative": True}),
+    (models.SpikeSlabDictionary, {"slab": "half_normal"}),
+    (models.SpikeSlabDictionary, {"slab": "truncated_normal", "encoder_steps": 1}),
+    (models.SpikeSlabDictionary, {"encoder_steps": 0, "rate_prior": (2.0, 5.0)}),
+    (models.SparseVAE, {"prior": "laplace"}),
+]
+NON_LINEAR = [
+    (models.SparseVAE, {"decoder_hidden": 7}),
+    (models.SparseVAE, {"prior": "laplace", "decoder_hidden": 7}),
+]
+
+
+def name(variant):
+    cls, options = variant
+    return "-".join([cls.__name__, *(f"{k}={v}" for k, v in options.items())])
+
+
+def build(variant, perturb=0.3):
+    """Return a model in float64 in a generic position, and activations; training mode off."""
+    cls, options = variant
+    torch.manual_seed(1)
+    x = torch.randn(N_TOKENS, D_IN, dtype=torch.float64) * 2 + 0.5
+    model = cls(d_in=D_IN, d_sae=D_SAE, **options).double()
+    model.initialize_(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(perturb * torch.randn_like(parameter))
+    model.n_tokens = 1000
+    return model.eval(), x
+
+
+every = pytest.mark.parametrize("variant", VARIANTS + NON_LINEAR, ids=name)
+every_linear = pytest.mark.parametrize("variant", VARIANTS, ids=name)
+
+
+def test_every_model_is_found():
+    assert len(CLASSES) >= 10
+
+
+@every
+def test_posterior_is_a_posterior(variant):
+    model, x = build(variant)
+    post = model.encode(x)
+    shape = (N_TOKENS, D_SAE)
+    assert post.mean.shape == post.variance.shape == post.p_active.shape == shape
+    assert post.is_active.dtype == torch.bool
+    assert (post.variance >= 0).all()
+    assert ((post.p_active >= 0) & (post.p_active <= 1)).all()
+    narrow, wide = post.interval(0.5), post.interval(0.9)
+    assert (wide[0] <= narrow[0] + 1e-9).all()
+    assert (narrow[0] <= narrow[1]).all()
+    assert (narrow[1] <= wide[1] + 1e-9).all()
+    assert not post.mean.requires_grad
+
+
+@every
+def test_draws_have_the_posteriors_moments(variant):
+    model, x = build(variant)
+    post = model.encode(x[:4])
+    draws = post.sample(4000)
+    assert draws.shape == (4000, 4, D_SAE)
+    error = (draws.mean(0) - post.mean).abs()
+    assert (error <= K_STANDARD_ERRORS * (post.variance / 4000).sqrt() + 1e-6).all()
+    spread = (draws - draws.mean(0)).square()
+    error = (spread.mean(0) - post.variance).abs()
+    assert (error <= K_STANDARD_ERRORS * spread.std(0) / 4000**0.5 + 1e-6).all()
+    lower, upper = post.interval(0.8)
+    inside = ((draws >= lower - 1e-9) & (draws <= upper + 1e-9)).double().mean(0)
+    assert (inside >= 0.8 - K_STANDARD_ERRORS * (0.16 / 4000) ** 0.5).all()
+    if isinstance(post.distribution, models.base.SpikeSlab):
+        p, share = post.p_active, (draws != 0).double().mean(0)
+        assert ((share - p).abs() <= K_STANDARD_ERRORS * (p * (1 - p) / 4000).sqrt() + 2e-3).all()
+
+
+@every_linear
+def test_closed_form_elbo_equals_monte_carlo(variant):
+    model, x = build(variant)
+    terms = elbo_terms(model, x)
+    q, prior = model.posterior(x).distribution, model.prior()
+    draws = q.sample((3000,))
+    residual = (x - model.decode(draws)).square().sum(-1) / (2 * model.noise_scale**2)
+    log_norm = D_IN * (model.noise_scale.log() + 0.5 * np.log(2 * np.pi))
+    for sampled, exact in (
+        (-residual - log_norm, terms.log_likelihood),
+        (as_event(q).log_prob(draws) - prior.log_prob(draws), terms.kl),
+    ):
+        if model.is_deterministic and exact is terms.kl:
+            sampled = -prior.log_prob(draws)
+        standard_error = sampled.std(0) / 3000**0.5
+        error = (sampled.mean(0) - exact).abs()
+        assert (error <= K_STANDARD_ERRORS * standard_error + 1e-6 * exact.abs() + 1e-9).all()
+
+
+@every_linear
+def test_pyro_programs_and_engine_agree_without_variance(variant):
+    model, x = build(variant)
+    model.train()
+    for kl_weight in (1.0, 0.3):
+        model.zero_grad()
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        engine = objective(model, x, kl_weight).loss
+        engine.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        for _ in range(2):  # two draws of the guide: the same number, to rounding
+            model.zero_grad()
+            model.load_state_dict(state)
+            loss = ExactELBO().differentiable_loss(model.model, model.guide, x, kl_weight)
+            loss = loss / N_TOKENS
+            assert loss.item() == pytest.approx(engine.item(), rel=1e-6)
+            loss.backward()
+            for n, parameter in model.named_parameters():
+                if n in gradients:
+                    torch.testing.assert_close(parameter.grad, gradients[n], rtol=1e-6, atol=1e-8)
+
+
+@every_linear
+def test_gradients_reach_every_parameter_and_leave_norms_alone(variant):
+    model, x = build(variant)
+    model.train()
+    objective(model, x, 1.0).loss.backward()
+    for n, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, n
+            assert torch.isfinite(parameter.grad).all(), n
+    parallel = (model.W_dec.grad * model.directions).sum(-1)
+    assert parallel.abs().max() < 1e-9 * model.W_dec.grad.norm()
+
+
+@every_linear
+def test_traces_without_graph_breaks(variant):
+    model, x = build(variant)
+    model.train()
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = objective(model, x, torch.tensor(0.5))
+    model.load_state_dict(state)
+    torch.testing.assert_close(
+        compiled(model, x, torch.tensor(0.5)).loss, expected.loss, rtol=1e-9, atol=1e-9
+    )
+
+
+@every
+def test_works_with_pyro_svi(variant):
+    model, x = build(variant, perturb=0.0)
+    model.train()
+    loss = ExactELBO() if model.has_linear_decoder else pyro.infer.TraceMeanField_ELBO()
+    svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-3}), loss)
+    before = svi.evaluate_loss(x)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss.differentiable_loss(model.model, model.guide, x).backward()
+        optimizer.step()
+    assert svi.evaluate_loss(x) < before
+
+
+@every
+def test_predictive_and_prior_draws(variant):
+    model, x = build(variant)
+    prior = Predictive(model.model, num_samples=3)(None, n_tokens=5)
+    assert prior["activations"].shape == (3, 5, D_IN)
+    assert prior["codes"].shape == (3, 5, D_SAE)
+    posterior = Predictive(model.model, guide=model.guide, num_samples=3)(x)
+    assert posterior["codes"].shape == (3, N_TOKENS, D_SAE)
+    activations, codes = model.sample(7)
+    assert activations.shape == (7, D_IN)
+    assert codes.shape == (7, D_SAE)
+
+
+@every
+def test_renders(variant):
+    model, x = build(variant)
+    graph = pyro.render_model(model.model, model_args=(x,))
+    assert "codes" in graph.source
+    assert "activations" in graph.source
+
+
+@every
+def test_a_saved_model_is_the_same_model(variant, tmp_path):
+    model, x = build(variant)
+    models.save(model, tmp_path / "model")
+    loaded = models.load(tmp_path / "model").double()
+    assert type(loaded) is type(model)
+    assert loaded.hyperparameters() == model.hyperparameters()
+    again = models.load(tmp_path / "model")
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key].to(value.dtype), value.to(again.state_dict()[key].dtype).to(value.dtype))
+    torch.testing.assert_close(loaded.encode(x).mean, model.encode(x).mean, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_bad_input_is_named(variant):
+    model, x = build(variant)
+    with pytest.raises(ValueError, match="d_in=6 columns"):
+        model.encode(torch.zeros(3, D_SAE))
+    with pytest.raises(ValueError, match="finite"):
+        model.encode(torch.full((3, D_IN), torch.nan))
+    with pytest.raises(ValueError, match="at least one token"):
+        model.encode(torch.zeros(0, D_IN))
+    with pytest.raises(ValueError, match="d_sae=10 columns"):
+        model.decode(torch.zeros(3, D_IN, dtype=torch.float64))
+    with pytest.raises(ValueError, match="d_sae must be"):
+        variant[0](d_in=D_IN, d_sae=0)
+    with pytest.raises(ValueError, match="level"):
+        model.encode(x).interval(1.0)
+
+
+@every
+def test_fit_improves_and_is_reproducible(variant):
+    cls, options = variant
+    torch.manual_seed(2)
+    directions = torch.nn.functional.normalize(torch.randn(8, D_IN), dim=-1)
+    codes = torch.rand(600, 8) * (torch.rand(600, 8) < 0.2)
+    x = codes @ directions + 0.05 * torch.randn(600, D_IN)
+    fitted = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = cls(d_in=D_IN, d_sae=D_SAE, **options)
+        before = torch.get_rng_state()
+        result = fit(model, x, n_steps=60, batch_size=64, seed=5, device="cpu", progress=False)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not model.training
+        fitted.append(model)
+    assert result.history["fvu"][-1] < result.history["fvu"][0]
+    assert result.n_tokens == 60 * 64
+    torch.testing.assert_close(fitted[0].W_dec, fitted[1].W_dec, rtol=0, atol=0)
+    norms = fitted[0].W_dec.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones(D_SAE), rtol=0, atol=1e-6)
+
+
+@every_linear
+def test_kl_divergence_has_the_batch_shape(variant):
+    model, x = build(variant)
+    kl = kl_divergence(as_event(model.posterior(x).distribution), model.prior())
+    assert kl.shape == (N_TOKENS,)
