@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -339,7 +340,18 @@ def _step_function(
         is_long = n_tokens * model.d_in * model.d_sae > _COMPILE_FROM
         on_gpu = model.b_dec.is_cuda and n_tokens > 500_000
         compile = on_gpu or (is_long and bool(shutil.which("g++") or shutil.which("clang++")))
-    return torch.compile(objective, fullgraph=True) if compile else objective
+    return compiled_objective() if compile else objective
+
+
+def compiled_objective() -> Callable[..., Objective]:
+    """Compile `objective` afresh.
+
+    Dynamo allows one code object eight specialisations, and the ninth model fitted in a process
+    would be refused: each fit compiles a copy of its own.
+    """
+    copy = types.FunctionType(objective.__code__.replace(), objective.__globals__)
+    copy.__defaults__ = objective.__defaults__
+    return torch.compile(copy, fullgraph=True)
 
 
 class _products_in:  # noqa: N801 - used as a with-block, like torch.no_grad

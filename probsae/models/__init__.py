@@ -4,17 +4,31 @@ from probsae.models.base import CodePosterior, PointPosterior, SparseDictionary
 from probsae.models.files import load, save
 from probsae.models.laplace import LaplaceDictionary
 from probsae.models.rectified_gaussian import RectifiedGaussianDictionary
+from probsae.models.sae import (
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    ReLUSAE,
+    TopKSAE,
+)
 from probsae.models.spike_slab import SpikeSlabDictionary
 from probsae.models.vae import SparseVAE
 
 __all__ = [
+    "BatchTopKSAE",
     "CodePosterior",
+    "GatedSAE",
+    "JumpReLUSAE",
     "LaplaceDictionary",
+    "MatryoshkaSAE",
     "PointPosterior",
+    "ReLUSAE",
     "RectifiedGaussianDictionary",
     "SparseDictionary",
     "SparseVAE",
     "SpikeSlabDictionary",
+    "TopKSAE",
     "load",
     "save",
 ]

@@ -325,6 +325,7 @@ class SparseDictionary(nn.Module, ABC):
         self, x: Tensor | None = None, kl_weight: float | Tensor = 1.0, n_tokens: int = 1
     ) -> Tensor:
         """Pyro program of the generative model; with `x` None it draws `n_tokens` tokens."""
+        self._register_parameters()
         n_tokens = n_tokens if x is None else len(x)
         log_prior = self.log_prior_parameters()
         if log_prior is not None:
@@ -345,6 +346,7 @@ class SparseDictionary(nn.Module, ABC):
         """Pyro program of the posterior: the encoder."""
         if x is None:
             raise ValueError("the guide encodes activations and needs x, got None")
+        self._register_parameters()
         posterior = self.posterior(x)
         with pyro.plate("token", len(x), dim=-1):
             loss = self.auxiliary_loss(x, posterior, kl_weight)
@@ -352,6 +354,21 @@ class SparseDictionary(nn.Module, ABC):
                 pyro.factor("auxiliary", loss, has_rsample=True)
             with poutine.scale(scale=kl_weight):
                 return pyro.sample("codes", as_event(posterior.distribution))
+
+
+    def _register_parameters(self) -> None:
+        """Show Pyro the parameters, so that `SVI.step` finds them.
+
+        Pyro's store would silently replace a parameter by another model's of the same name: each
+        model has its own names, and one whose name was handed on (a deep copy) takes it over.
+        """
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                name = f"{type(self).__name__}-{id(self)}.{name}"
+                if name in store and store._params[name] is not parameter:
+                    del store[name]
+                pyro.param(name, parameter)
 
 
 def as_event(distribution: Distribution) -> Distribution:

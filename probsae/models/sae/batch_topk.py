@@ -1,0 +1,88 @@
+"""BatchTopK SAE: k features a token on average, chosen over the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probsae.models.sae.base import check_k
+from probsae.models.sae.topk import TopKSAE
+
+# Weight of a new batch in the running threshold: a memory of about 100 steps.
+_THRESHOLD_MEMORY = 0.01
+
+
+class BatchTopKSAE(TopKSAE):
+    r"""In training, the k x batch largest of all ReLU pre-activations of a batch.
+
+    In evaluation a code is kept where it exceeds `threshold`, the running mean of the smallest
+    code kept in training, so that a token's codes do not depend on its neighbours.
+
+    Parameters
+    ----------
+    d_in, d_sae : int
+        Width of the activations, number of features.
+    k : int, default 32 (or d_sae, if that is less)
+        Features kept a token, on average.
+    auxiliary_coefficient, k_auxiliary, dead_after_tokens
+        See `TopKSAE`.
+
+    Notes
+    -----
+    Source: Bussmann, Leask and Nanda (2024), "BatchTopK sparse autoencoders".
+
+    Examples
+    --------
+    >>> model = BatchTopKSAE(d_in=8, d_sae=16, k=3).train()
+    >>> int(model.posterior(torch.randn(10, 8)).p_active.sum())
+    30
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: int | None = None,
+        auxiliary_coefficient: float = 1 / 32,
+        k_auxiliary: int | None = None,
+        dead_after_tokens: int = 100_000,
+    ):
+        super().__init__(
+            d_in,
+            d_sae,
+            k=k,
+            auxiliary_coefficient=auxiliary_coefficient,
+            k_auxiliary=k_auxiliary,
+            dead_after_tokens=dead_after_tokens,
+        )
+        check_k(self.k, self.d_sae)
+        self.register_buffer("threshold", torch.full((), -1.0))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return super().hyperparameters()
+
+    def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
+        positive = torch.relu(pre_activation)
+        if not self.training:
+            # Before any training step there is no threshold yet: this batch's own serves.
+            own = _kth_largest(positive, self.k * len(positive))
+            threshold = torch.where(self.threshold < 0, own, self.threshold)
+            return positive * (positive >= threshold)
+        smallest = _kth_largest(positive.detach(), self.k * len(positive))
+        self._remember(smallest)
+        return positive * (positive >= smallest)
+
+    @torch.no_grad()
+    def _remember(self, smallest: Tensor) -> None:
+        running = torch.lerp(self.threshold, smallest, _THRESHOLD_MEMORY)
+        self.threshold.copy_(torch.where(self.threshold < 0, smallest, running))
+
+
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    """Return the k-th largest of all values; selection, twice as fast as sorting the k largest."""
+    flat = values.flatten()
+    return flat.kthvalue(len(flat) - k + 1).values

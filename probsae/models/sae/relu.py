@@ -1,0 +1,55 @@
+"""ReLU SAE with an L1 penalty: the maximum a posteriori form of the Laplace dictionary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyro.distributions import Exponential
+from torch import Tensor
+from torch.distributions import Distribution
+
+from probsae.models.base import as_event
+from probsae.models.sae.base import DeterministicSAE
+
+
+class ReLUSAE(DeterministicSAE):
+    r"""z = ReLU((x - b_dec) W_enc + b_enc); loss |x - x_hat|^2 + l1_coefficient |z|_1, per token.
+
+    The prior is Exponential: with noise variance 1/2 its rate is the coefficient exactly.
+
+    Parameters
+    ----------
+    d_in, d_sae : int
+        Width of the activations, number of features.
+    l1_coefficient : float, default 0.1
+        Weight of the codes' sum, in units of the activations: the penalty pulls a lone code down
+        by half of it. Warmed up with the KL weight. See `DeterministicSAE` for conversions.
+
+    Notes
+    -----
+    Source: Bricken et al. (2023), "Towards monosemanticity"; Cunningham et al. (2023).
+
+    Examples
+    --------
+    >>> model = ReLUSAE(d_in=8, d_sae=16, l1_coefficient=0.05)
+    >>> bool((model.encode(torch.randn(4, 8)).mean >= 0).all())
+    True
+    """
+
+    def __init__(self, d_in: int, d_sae: int, *, l1_coefficient: float = 0.1):
+        if not l1_coefficient > 0:
+            raise ValueError(f"l1_coefficient must be positive, got {l1_coefficient}")
+        super().__init__(d_in, d_sae)
+        self.l1_coefficient = float(l1_coefficient)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {**super().hyperparameters(), "l1_coefficient": self.l1_coefficient}
+
+    def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
+        return torch.relu(pre_activation)
+
+    def prior(self) -> Distribution:
+        rate = torch.full_like(self.b_enc, self.l1_coefficient)
+        return as_event(Exponential(rate, validate_args=False))

@@ -1,0 +1,107 @@
+"""TopK SAE: the k largest pre-activations of each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probsae.models.base import CodePosterior
+from probsae.models.sae.base import DeterministicSAE, check_k
+
+
+class TopKSAE(DeterministicSAE):
+    r"""z keeps the k largest of ReLU((x - b_dec) W_enc + b_enc) of each token.
+
+    Features that have not fired for a while are trained by the auxiliary loss: the `k_auxiliary`
+    largest pre-activations among them reconstruct what the main codes left over.
+
+    Parameters
+    ----------
+    d_in, d_sae : int
+        Width of the activations, number of features.
+    k : int, default 32 (or d_sae, if that is less)
+        Features kept a token.
+    auxiliary_coefficient : float, default 1/32
+        Weight of the auxiliary squared error; 0 leaves it out.
+    k_auxiliary : int, optional
+        Dead features that take part a token; d_in / 2 where None, at most d_sae / 2.
+    dead_after_tokens : int, default 100,000
+        Tokens without firing after which a feature counts as dead.
+
+    Notes
+    -----
+    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", sections 2.3 and A.2.
+
+    Examples
+    --------
+    >>> model = TopKSAE(d_in=8, d_sae=16, k=3)
+    >>> int(model.encode(torch.randn(4, 8)).p_active.sum(-1).max())
+    3
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: int | None = None,
+        auxiliary_coefficient: float = 1 / 32,
+        k_auxiliary: int | None = None,
+        dead_after_tokens: int = 100_000,
+    ):
+        k = min(32, max(1, d_sae)) if k is None else k
+        super().__init__(d_in, d_sae, reference_rate=k / max(1, d_sae))
+        if auxiliary_coefficient < 0 or dead_after_tokens < 1:
+            raise ValueError(
+                "auxiliary_coefficient must be at least 0 and dead_after_tokens at least 1, "
+                f"got {auxiliary_coefficient} and {dead_after_tokens}"
+            )
+        self.k = check_k(k, self.d_sae)
+        self.auxiliary_coefficient = float(auxiliary_coefficient)
+        self.k_auxiliary = min(k_auxiliary or max(1, d_in // 2), max(1, d_sae // 2))
+        self.dead_after_tokens = dead_after_tokens
+        self.register_buffer("tokens_since_fired", torch.zeros(self.d_sae))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {
+            **super().hyperparameters(),
+            "k": self.k,
+            "auxiliary_coefficient": self.auxiliary_coefficient,
+            "k_auxiliary": self.k_auxiliary,
+            "dead_after_tokens": self.dead_after_tokens,
+        }
+
+    def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
+        return _keep_largest(torch.relu(pre_activation), self.k)
+
+    def auxiliary_loss(
+        self, x: Float[Tensor, "token d_in"], posterior: CodePosterior, kl_weight: float | Tensor
+    ) -> Float[Tensor, " token"] | None:
+        z, pre_activation = posterior.mean, posterior.pre_activation
+        assert pre_activation is not None
+        if self.training:
+            self._count(z.detach())
+        if self.auxiliary_coefficient == 0:
+            return None
+        is_dead = self.tokens_since_fired >= self.dead_after_tokens
+        residual = (x - self.decode(z)).detach()
+        candidates = torch.relu(pre_activation) * is_dead
+        reconstruction = self.product(_keep_largest(candidates, self.k_auxiliary), self.directions)
+        # With few dead features the auxiliary codes cannot explain much: their error counts less.
+        share = (is_dead.sum() / self.k_auxiliary).clamp(max=1)
+        error = (residual - reconstruction).square().sum(-1)
+        return self.auxiliary_coefficient * share * error
+
+    @torch.no_grad()
+    def _count(self, z: Tensor) -> None:
+        since = self.tokens_since_fired + len(z)
+        self.tokens_since_fired.copy_(torch.where((z > 0).any(0), 0.0, since))
+
+
+def _keep_largest(values: Tensor, k: int) -> Tensor:
+    """Set all but the `k` largest of each row to zero; ties are broken, never kept."""
+    largest, index = values.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(values).scatter(-1, index, largest)
