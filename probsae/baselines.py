@@ -115,10 +115,14 @@ class KMeans(Baseline):
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         model = cluster.MiniBatchKMeans(
-            self.d_sae, random_state=self.seed, batch_size=4096, n_init=3, max_iter=50
+            self.d_sae,
+            random_state=self.seed,
+            batch_size=4096,
+            n_init=3,  # pyright: ignore[reportArgumentType]
+            max_iter=50,  # pyright: ignore
         ).fit(x)
         self.centers = torch.as_tensor(model.cluster_centers_, dtype=torch.float32)
-        return model.cluster_centers_, np.zeros(x.shape[1])
+        return model.cluster_centers_, np.zeros(x.shape[1])  # pyright: ignore[reportReturnType]
 
     def _codes(self, x: Tensor) -> Tensor:
         nearest = torch.cdist(x, self.centers).argmin(dim=1, keepdim=True)
@@ -148,7 +152,7 @@ class PCA(Baseline):
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         n_components = min(self.d_sae, *x.shape)
         model = decomposition.PCA(n_components, random_state=self.seed).fit(x)
-        return model.components_, model.mean_
+        return model.components_, model.mean_  # pyright: ignore[reportReturnType]
 
     def _codes(self, x: Tensor) -> Tensor:
         W_dec, b_dec = self._fitted()
@@ -171,7 +175,7 @@ class ICA(Baseline):
             tol=1e-3,
         )
         sources = model.fit_transform(x)
-        sign = np.sign((sources**3).mean(axis=0))
+        sign = np.sign((sources**3).mean(axis=0))  # pyright: ignore[reportOptionalOperand]
         sign[sign == 0] = 1
         norm = np.linalg.norm(model.mixing_, axis=0)
         self.unmixing = torch.as_tensor(
@@ -181,6 +185,11 @@ class ICA(Baseline):
 
     def _codes(self, x: Tensor) -> Tensor:
         return (x - self._fitted()[1]) @ self.unmixing.T
+
+
+def _split(x: np.ndarray) -> np.ndarray:
+    """Positive and negative parts side by side."""
+    return np.concatenate([x.clip(min=0), (-x).clip(min=0)], axis=1)
 
 
 class NMF(Baseline):
@@ -194,7 +203,11 @@ class NMF(Baseline):
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.model = decomposition.MiniBatchNMF(
-            self.d_sae, random_state=self.seed, init="random", batch_size=2048, max_iter=20
+            self.d_sae,  # pyright: ignore[reportArgumentType]
+            random_state=self.seed,
+            init="random",
+            batch_size=2048,
+            max_iter=20,
         ).fit(_split(x))
         halves = np.split(self.model.components_, 2, axis=1)
         directions = halves[0] - halves[1]
@@ -229,7 +242,7 @@ class MiniBatchDictionaryLearning(Baseline):
         mean = x.mean(axis=0)
         self.model = decomposition.MiniBatchDictionaryLearning(
             self.d_sae,
-            alpha=self.alpha,
+            alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             batch_size=512,
             max_iter=2,
             fit_algorithm="cd",
@@ -241,7 +254,7 @@ class MiniBatchDictionaryLearning(Baseline):
         return self.model.components_, mean
 
     def _codes(self, x: Tensor) -> Tensor:
-        W_dec, b_dec = self._fitted()
+        b_dec = self._fitted()[1]
         norms = torch.as_tensor(np.linalg.norm(self.model.components_, axis=1)).float()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)

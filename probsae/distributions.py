@@ -12,7 +12,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Delta, Exponential, Independent, Laplace, Normal, TorchDistribution
+from pyro.distributions import (
+    Delta,
+    Exponential,  # pyright: ignore[reportAttributeAccessIssue]
+    Independent,
+    Laplace,  # pyright: ignore[reportAttributeAccessIssue]
+    Normal,
+    TorchDistribution,
+)
 from torch import Tensor
 from torch.distributions import constraints, kl_divergence, register_kl
 from torch.distributions.utils import broadcast_all
@@ -42,8 +49,11 @@ class TruncatedNormal(TorchDistribution):
         Location and scale of the normal before truncation, in the units of the codes.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
-    support = constraints.nonnegative
+    arg_constraints = {  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    support = constraints.nonnegative  # pyright: ignore[reportAssignmentType]
     has_rsample = True
 
     def __init__(self, loc, scale, validate_args=None):
@@ -70,7 +80,9 @@ class TruncatedNormal(TorchDistribution):
         return self.scale.square() * (1 - self.hazard * (self.ratio + self.hazard)).clamp(min=0)
 
     def entropy(self) -> Tensor:
-        return self.scale.log() + _LOG_SQRT_2PI + 0.5 + self.log_mass - 0.5 * self.ratio * self.hazard
+        return (
+            self.scale.log() + _LOG_SQRT_2PI + 0.5 + self.log_mass - 0.5 * self.ratio * self.hazard
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         standard = value / self.scale - self.ratio
@@ -118,7 +130,7 @@ class SpikeSlab(TorchDistribution):
     and `RectifiedNormal` is the member of the family whose draws carry pathwise gradients.
     """
 
-    arg_constraints = {"logits": constraints.real}  # noqa: RUF012
+    arg_constraints = {"logits": constraints.real}  # noqa: RUF012  # pyright: ignore
     has_rsample = False
 
     def __init__(self, logits: Tensor, slab, validate_args=None):
@@ -184,7 +196,10 @@ class RectifiedNormal(SpikeSlab):
     Its draws are reparametrised: max(0, loc + scale e) is continuous in loc and scale.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
+    arg_constraints = {  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
     has_rsample = True
 
     def __init__(self, loc: Tensor, scale: Tensor, validate_args=None):

@@ -112,7 +112,9 @@ class Report:
         names, cells = self._cells()
         table = Table(title=f"{len(self.rows)} dictionaries on {self.n_tokens:,} held-out tokens")
         for name in names:
-            table.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
+            table.add_column(
+                name.replace("_", " "), justify="left" if name == "method" else "right"
+            )
         for row in cells:
             table.add_row(*row)
         return table
@@ -198,8 +200,9 @@ def _row(
     scores = _Scores(len(learned), learned, features)
     for where, piece, posterior in posterior_batches(dictionary, x):
         scores.add(dictionary, piece, posterior, None if z is None else z[where])
-    is_probabilistic = isinstance(dictionary, SparseDictionary) and not dictionary.is_deterministic
-    noise = float(dictionary.noise_scale.detach()) if is_probabilistic else None
+    is_probabilistic, noise = False, None
+    if isinstance(dictionary, SparseDictionary) and not dictionary.is_deterministic:
+        is_probabilistic, noise = True, float(dictionary.noise_scale.detach())
     return Row(
         method=name,
         d_sae=len(learned),

@@ -98,7 +98,9 @@ class SyntheticActivations:
     ):
         _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes, noise_scale)
         self.d_in, self.n_features, self.n_active = d_in, n_features, n_active
-        self.decay, self.correlation, self.magnitudes = decay, correlation, magnitudes
+        self.decay = decay
+        self.correlation: Correlation | None = correlation
+        self.magnitudes: Magnitudes = magnitudes
         self.noise_scale, self.seed = noise_scale, seed
         self.device = torch.device(device or "cpu")
         # Drawn on the CPU: the same features on every device.
@@ -178,25 +180,23 @@ class SyntheticActivations:
         z = self._magnitudes((n_tokens, self.n_features), generator) * is_active
         x = z @ self.features
         if self.noise_scale:
-            x += self.noise_scale * torch.randn(
-                x.shape, generator=generator, device=self.device
-            )
+            x += self.noise_scale * torch.randn(x.shape, generator=generator, device=self.device)
         return x, z
 
     def _support(self, n_tokens: int, generator: torch.Generator) -> Tensor:
-        shape, options = (n_tokens, self.n_features), {"device": self.device}
+        shape, device = (n_tokens, self.n_features), self.device
         if self.correlation is None:
-            return torch.rand(shape, generator=generator, **options) < self.firing_probability
+            return torch.rand(shape, generator=generator, device=device) < self.firing_probability
         n_draws = n_tokens if self.correlation == "copula" else 1
-        factors = torch.randn(n_draws, _N_FACTORS, generator=generator, **options)
-        own = torch.randn((n_draws, self.n_features), generator=generator, **options)
+        factors = torch.randn(n_draws, _N_FACTORS, generator=generator, device=device)
+        own = torch.randn((n_draws, self.n_features), generator=generator, device=device)
         latent = factors @ self._loadings.T + math.sqrt(1 - _SHARED_VARIANCE) * own
         if self.correlation == "copula":
             return latent < self._threshold
         # One draw a call scales all probabilities, which are then brought back to n_active.
         probability = torch.special.ndtr(latent[0]) * self.firing_probability
         probability *= self.n_active / probability.sum()
-        return torch.rand(shape, generator=generator, **options) < probability
+        return torch.rand(shape, generator=generator, device=device) < probability
 
     def _magnitudes(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         def uniform() -> Tensor:
@@ -206,6 +206,7 @@ class SyntheticActivations:
             return uniform()
         if self.magnitudes == "uniform_product":
             return uniform() * uniform()
+        assert not isinstance(self.magnitudes, str)
         mean, scale = self.magnitudes
         # By inversion from the upper tail: z = mean - scale ndtri(u ndtr(mean/scale)), float64.
         mass = torch.special.ndtr(torch.tensor(mean / scale, dtype=torch.float64))
@@ -213,9 +214,7 @@ class SyntheticActivations:
         return (mean - scale * torch.special.ndtri(tail)).float().clamp(min=0)
 
 
-def firing_probability(
-    n_features: int, n_active: float, decay: float
-) -> Float[Tensor, " feature"]:
+def firing_probability(n_features: int, n_active: float, decay: float) -> Float[Tensor, " feature"]:
     """Return probabilities proportional to decay^i, none above 1, that sum to `n_active`."""
     weight = decay ** torch.arange(n_features, dtype=torch.float64)
     # The largest may not exceed 1: raise the common factor until the clipped sum is right.
@@ -236,9 +235,7 @@ def _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes,
     if not 0 < n_active <= n_features:
         raise ValueError(f"n_active must be in (0, n_features={n_features}], got {n_active}")
     if correlation not in (None, "copula", "per_batch"):
-        raise ValueError(
-            f"correlation must be None, 'copula' or 'per_batch', got {correlation!r}"
-        )
+        raise ValueError(f"correlation must be None, 'copula' or 'per_batch', got {correlation!r}")
     if noise_scale < 0:
         raise ValueError(f"noise_scale must be at least 0, got {noise_scale}")
     if isinstance(magnitudes, str):

@@ -1,13 +1,16 @@
 """Shared by all tests: shapes are checked at run time, and no test leaks its random state."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401 - the hook below looks it up
+
 os.environ.setdefault("WANDB_SILENT", "true")
-install_import_hook("probsae", "beartype.beartype")
+install_import_hook("probsae", "tests.typecheck.check")
 
 # Threads beyond the cores slow small products down; xdist's workers share them.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -21,3 +24,23 @@ def _own_random_state():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct, a real language model."""
+    pytest.importorskip("transformers")
+    from experiments.smollm2.model import smollm2_path
+    from probsae.activations.language_model import load_language_model
+
+    try:
+        path = smollm2_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return load_language_model(path)
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    """English prose: the beginning of a novel in the public domain."""
+    return [Path(__file__).parent / "data" / "austen.txt"]

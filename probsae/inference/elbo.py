@@ -11,15 +11,15 @@ so no code is sampled and the gradient has no noise. Source: Titsias and Lazaro-
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
-from pyro.poutine.util import prune_subsample_sites
 from pyro.infer.util import torch_item
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -34,7 +34,7 @@ class ElboTerms(NamedTuple):
     kl: Float[Tensor, " token"]
     """KL(q(z | x) || p(z)); for a point posterior -log p(z)."""
     squared_error: Float[Tensor, " token"]
-    """|x - x_hat|^2 with x_hat decoded from the posterior mean; units of the activations squared."""
+    """|x - x_hat|^2, x_hat decoded from the posterior mean; units of the activations squared."""
 
     @property
     def elbo(self) -> Float[Tensor, " token"]:
@@ -192,11 +192,12 @@ def _spread(site: dict, guide_trace: poutine.Trace) -> Tensor | float:
     """What the codes' variance takes from the log-likelihood at their mean, summed over tokens."""
     if site["name"] != "activations":
         return 0.0
-    if "squared_norms" not in site["infer"]:
+    infer: Any = site["infer"]
+    if "squared_norms" not in infer:
         raise ValueError(_NEEDS_LINEAR)
-    posterior = CodePosterior(guide_trace.nodes[site["infer"]["expect"]]["fn"].base_dist)
+    posterior = CodePosterior(guide_trace.nodes[infer["expect"]]["fn"].base_dist)  # pyright: ignore[reportTypedDictNotRequiredAccess]
     noise_variance = site["fn"].base_dist.scale.square()[..., 0]
-    spread = 0.5 * (posterior.variance @ site["infer"]["squared_norms"]) / noise_variance
+    spread = 0.5 * (posterior.variance @ infer["squared_norms"]) / noise_variance
     return scale_and_mask(spread, site["scale"], site["mask"]).sum()
 
 

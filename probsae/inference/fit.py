@@ -8,6 +8,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -73,7 +74,7 @@ def fit(
     n_tokens: int | None = None,
     precision: Precision = "float32",
     compile: bool | None = None,
-    resume: str | None = None,
+    resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> FitResult:
     """Fit `model` to `data` in place by maximising the ELBO with Adam.
@@ -265,7 +266,8 @@ class _FiniteGuard:
 
 def _cause(state: FitState, step: int) -> str:
     """Name what is not finite, from the batch at hand and the kept parameters."""
-    assert state.batch is not None and state.objective is not None
+    assert state.batch is not None
+    assert state.objective is not None
     if not bool(torch.isfinite(state.batch).all()):
         return "the activations hold NaN or infinity"
     for name in ("log_likelihood", "kl", "auxiliary"):
@@ -306,14 +308,16 @@ def _typical_size(x_centered: Tensor) -> float:
 def _adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:
     """Group parameters by unit and by whether they wait for the KL warm-up."""
     groups: dict[tuple[float, bool], list[Tensor]] = {}
+    factors = model.learning_rate_factors
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (unit if name in model.dimensional else 1.0, name in model.frozen_in_warmup)
+            factor = factors.get(name, 1.0) * (unit if name in model.dimensional else 1.0)
+            key = (factor, name in model.frozen_in_warmup)
             groups.setdefault(key, []).append(parameter)
     return torch.optim.Adam(
         [
-            {"params": parameters, "unit": unit, "waits": waits}
-            for (unit, waits), parameters in groups.items()
+            {"params": parameters, "factor": factor, "waits": waits}
+            for (factor, waits), parameters in groups.items()
         ],
         lr=1.0,
         betas=model.adam_betas,
@@ -325,7 +329,7 @@ def _set_rates(state: FitState, schedule: Schedule, learning_rate: float) -> Non
     rate = learning_rate * schedule.rate(state.step, state.n_steps)
     is_warm = schedule.is_warm(state.step, state.n_steps)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["unit"] if is_warm or not group["waits"] else 0.0
+        group["lr"] = rate * group["factor"] if is_warm or not group["waits"] else 0.0
 
 
 def _step_function(
@@ -354,7 +358,7 @@ def compiled_objective() -> Callable[..., Objective]:
     return torch.compile(copy, fullgraph=True)
 
 
-class _products_in:  # noqa: N801 - used as a with-block, like torch.no_grad
+class _products_in:
     """Run the model's matrix products in a lower precision inside a with-block."""
 
     def __init__(self, model: SparseDictionary, precision: Precision):

@@ -17,7 +17,9 @@ def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
     """Turn a Pyro ELBO into a step function with the signature of `objective`."""
 
     def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
-        loss = elbo.differentiable_loss(model.model, model.guide, x, kl_weight) / len(x)
+        loss = elbo.differentiable_loss(  # pyright: ignore[reportAttributeAccessIssue]
+            model.model, model.guide, x, kl_weight
+        ) / len(x)
         return _describe(model, x, loss, kl_weight)
 
     return step

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from probsae.inference.callbacks import Callback, FitState
+
+Mode: TypeAlias = Literal["online", "offline", "disabled"]
 
 
 class WandbLogger(Callback):
@@ -31,7 +33,7 @@ class WandbLogger(Callback):
         self,
         project: str = "probsae",
         every: int = 50,
-        mode: Literal["online", "offline", "disabled"] | None = None,
+        mode: Mode | None = None,
         directory: str | Path | None = None,
         **settings: Any,
     ):
@@ -44,13 +46,13 @@ class WandbLogger(Callback):
     def on_start(self, state: FitState) -> None:
         import wandb  # slow to import, and only this module needs it
 
-        mode = self.mode or ("online" if _is_logged_in() else "offline")
+        mode: Mode = self.mode or ("online" if _is_logged_in() else "offline")  # pyright: ignore[reportAssignmentType]
         config = {
             "model": type(state.model).__name__,
             **state.model.hyperparameters(),
             "n_steps": state.n_steps,
             "seed": state.seed,
-            **self.settings.pop("config", {}),
+            **self.settings.get("config", {}),
         }
         self.run = wandb.init(
             project=self.project,
@@ -58,7 +60,7 @@ class WandbLogger(Callback):
             dir=str(self.directory) if self.directory else None,
             config=config,
             settings=wandb.Settings(silent=True),
-            **self.settings,
+            **{name: v for name, v in self.settings.items() if name != "config"},
         )
 
     def on_step(self, state: FitState) -> None:

@@ -24,7 +24,13 @@ from probsae.metrics.recovery import (
     share_recovered,
     support_scores,
 )
-from probsae.metrics.sparsity import alive_features, dead_features, density_histogram, firing_rates, l0
+from probsae.metrics.sparsity import (
+    alive_features,
+    dead_features,
+    density_histogram,
+    firing_rates,
+    l0,
+)
 
 __all__ = [
     "Match",

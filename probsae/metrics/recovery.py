@@ -159,9 +159,7 @@ def best_threshold_f1(
     return float(f1[best]), float((values[best] + below) / 2)
 
 
-def chance_level(
-    n_learned: int, n_true: int, d_in: int, seed: int = 0
-) -> dict[str, float]:
+def chance_level(n_learned: int, n_true: int, d_in: int, seed: int = 0) -> dict[str, float]:
     """Scores of a random unit dictionary against another: what a method gets for nothing.
 
     Parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import pyro
@@ -102,7 +102,7 @@ class CodePosterior:
         return self.distribution.sample((n_draws,))
 
 
-def PointPosterior(z: Float[Tensor, "token d_sae"]) -> CodePosterior:  # noqa: N802
+def PointPosterior(z: Float[Tensor, "token d_sae"]) -> CodePosterior:
     """Posterior of a method without uncertainty: all mass on the codes `z`."""
     return CodePosterior(dist.Delta(z, validate_args=False))
 
@@ -146,8 +146,14 @@ class SparseDictionary(nn.Module, ABC):
     frozen_in_warmup: tuple[str, ...] = ()
     """Parameters that `fit` leaves alone until the KL weight has reached 1."""
 
+    learning_rate_factors: ClassVar[dict[str, float]] = {}
+    """Learning rates of single parameters, as multiples of the fit's."""
+
     adam_betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of Adam's moments in `fit`."""
+
+    noise_floor: Tensor
+    is_initialized: Tensor
 
     def __init__(
         self,
@@ -192,7 +198,7 @@ class SparseDictionary(nn.Module, ABC):
     def hyperparameters(self) -> dict[str, Any]:
         """Return the constructor's arguments, JSON-ready: a saved model is rebuilt from them."""
 
-    def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:  # noqa: B027
+    def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
         """Set scales of the prior and encoder from centred data."""
 
     def auxiliary_loss(
@@ -332,12 +338,12 @@ class SparseDictionary(nn.Module, ABC):
             pyro.factor("parameters", log_prior * (n_tokens / (self.n_tokens or n_tokens)))
         with pyro.plate("token", n_tokens, dim=-1):
             with poutine.scale(scale=kl_weight):
-                z = pyro.sample("codes", self.prior())
+                z = pyro.sample("codes", self.prior())  # pyright: ignore[reportArgumentType]
             likelihood = dist.Normal(self.decode(z), self.noise_scale).to_event(1)
             expectation = {}
             if self.has_linear_decoder:
                 expectation = {"expect": "codes", "squared_norms": self.directions.square().sum(-1)}
-            return pyro.sample("activations", likelihood, obs=x, infer=expectation)
+            return pyro.sample("activations", likelihood, obs=x, infer=expectation)  # pyright: ignore[reportArgumentType]
 
     @final
     def guide(
@@ -353,8 +359,7 @@ class SparseDictionary(nn.Module, ABC):
             if loss is not None:
                 pyro.factor("auxiliary", loss, has_rsample=True)
             with poutine.scale(scale=kl_weight):
-                return pyro.sample("codes", as_event(posterior.distribution))
-
+                return pyro.sample("codes", as_event(posterior.distribution))  # pyright: ignore[reportArgumentType]
 
     def _register_parameters(self) -> None:
         """Show Pyro the parameters, so that `SVI.step` finds them.

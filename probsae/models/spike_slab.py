@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from probsae.distributions import SpikeSlab
+from probsae.distributions import SpikeSlab, TruncatedNormal
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
 from probsae.models.code_priors import Slab, SpikeSlabPrior, slab_law, typical_code_size
 
@@ -66,6 +66,9 @@ class SpikeSlabDictionary(SparseDictionary):
     default_learning_rate = 5e-3
     dimensional = ("b_dec", "code_prior.slab_mean")
     frozen_in_warmup = ("code_prior.rate_logit",)
+    # From .04 to the rate of a surplus feature, 1e-5, is 8 nats: at the common rate a fit would
+    # end before it is there.
+    learning_rate_factors: ClassVar[dict[str, float]] = {"code_prior.rate_logit": 5.0}
 
     def __init__(
         self,
@@ -125,8 +128,9 @@ class SpikeSlabDictionary(SparseDictionary):
         offset = prior.rate_logit + 0.5 * (slab_precision / precision).log()
         offset = offset - 0.5 * slab_precision * prior.slab_mean.square()
         slab = slab_law(prior.slab, loc, precision.rsqrt().expand_as(loc))
-        if prior.slab != "normal":
-            offset = offset - prior().slab.log_mass
+        if isinstance(slab, TruncatedNormal):
+            whole = TruncatedNormal(prior.slab_mean, prior.slab_scale, validate_args=False)
+            offset = offset - whole.log_mass
             return SpikeSlab(
                 offset + slab.log_mass + 0.5 * precision * loc.square(), slab, validate_args=False
             )

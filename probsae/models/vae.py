@@ -20,7 +20,7 @@ Prior = Literal["spike_slab", "laplace"]
 
 
 class SparseVAE(SparseDictionary):
-    r"""Codes from an MLP: max(0, N(mu(x), s(x))) under spike-and-slab, N(mu(x), s(x)) under Laplace.
+    r"""Codes from an MLP: max(0, N(mu, s)) under spike-and-slab, N(mu, s) under Laplace.
 
     mu is a linear encoder's evidence plus the output of an MLP with one hidden layer; log s comes
     from the same MLP. The decoder is linear unless `decoder_hidden` is set: then
@@ -55,6 +55,8 @@ class SparseVAE(SparseDictionary):
     default_learning_rate = 3e-3
     dimensional = ("b_dec", "code_prior.slab_mean")
     frozen_in_warmup = ("code_prior.rate_logit",)
+
+    data_scale: Tensor
 
     def __init__(
         self,

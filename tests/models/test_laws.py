@@ -21,7 +21,9 @@ K_STANDARD_ERRORS = 4.5
 CLASSES = [
     value
     for value in vars(models).values()
-    if inspect.isclass(value) and issubclass(value, SparseDictionary) and not inspect.isabstract(value)
+    if inspect.isclass(value)
+    and issubclass(value, SparseDictionary)
+    and not inspect.isabstract(value)
 ]
 VARIANTS = [(cls, {}) for cls in CLASSES] + [
     (models.LaplaceDictionary, {"nonnegative": True}),

@@ -41,6 +41,8 @@ class DeterministicSAE(SparseDictionary):
     adam_betas = (0.9, 0.999)
     dimensional = ("b_dec", "b_enc")
 
+    code_size: Tensor
+
     def __init__(self, d_in: int, d_sae: int, *, reference_rate: float = 0.04):
         super().__init__(d_in, d_sae, noise_scale=math.sqrt(0.5), learn_noise=False)
         self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())

@@ -41,6 +41,8 @@ class BatchTopKSAE(TopKSAE):
     30
     """
 
+    threshold: Tensor
+
     def __init__(
         self,
         d_in: int,

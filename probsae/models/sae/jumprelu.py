@@ -45,6 +45,9 @@ class JumpReLUSAE(DeterministicSAE):
     (4, 16)
     """
 
+    l0_coefficient: Tensor
+    bandwidth: Tensor
+
     def __init__(
         self,
         d_in: int,

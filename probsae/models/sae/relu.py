@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pyro.distributions import Exponential
+from pyro.distributions import Exponential  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 from torch.distributions import Distribution
 

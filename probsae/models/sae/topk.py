@@ -42,6 +42,8 @@ class TopKSAE(DeterministicSAE):
     3
     """
 
+    tokens_since_fired: Tensor
+
     def __init__(
         self,
         d_in: int,

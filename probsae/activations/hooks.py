@@ -1,0 +1,138 @@
+"""Named places inside a torch module: read what passes there, replace it, stop the forward."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Edit = Callable[[Tensor], Tensor | None]
+
+
+class _StopForward(Exception):
+    """Raised in the last hook of a harvest: the layers above it are never computed."""
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """One module's output, or its first input.
+
+    Attributes
+    ----------
+    name : str
+        As given: `model.layers.7`, or `model.layers.7.mlp.down_proj:input`.
+    module : nn.Module
+        The module found.
+    at_input : bool
+        Whether the module's input is meant.
+    """
+
+    name: str
+    module: nn.Module
+    at_input: bool
+
+    def attach(self, edit: Edit) -> RemovableHandle:
+        """Call `edit` with the tensor at each forward; what it returns, if not None, replaces it.
+
+        A module that returns a tuple (a block with its cache) has its first element edited.
+        """
+        if self.at_input:
+            return self.module.register_forward_pre_hook(
+                lambda module, args: _edit_first(args, edit)
+            )
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return edit(output)
+            return _edit_first(output, edit)
+
+        return self.module.register_forward_hook(hook)
+
+
+def _edit_first(values: tuple[Any, ...], edit: Edit) -> tuple[Any, ...] | None:
+    edited = edit(values[0])
+    return None if edited is None else (edited, *values[1:])
+
+
+def find_hook(model: nn.Module, name: str) -> HookPoint:
+    """Find the place called `name` in `model`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Usually a Hugging Face causal language model.
+    name : str
+        A module's dotted name for its output (`model.layers.7` is the residual stream after
+        block 7, `model.layers.7.mlp` the MLP's output), with `:input` behind it for its first
+        input (`model.layers.7.mlp.down_proj:input` is the MLP's hidden layer).
+
+    Raises
+    ------
+    ValueError
+        If there is no such module; the nearest names are listed.
+    """
+    module_name, _, side = name.partition(":")
+    if side not in ("", "input", "output"):
+        raise ValueError(f"a hook ends in ':input', ':output' or nothing, got {name!r}")
+    modules = dict(model.named_modules())
+    if not module_name or module_name not in modules:
+        near = difflib.get_close_matches(module_name, modules, n=5, cutoff=0.4)
+        advice = ", ".join(near) or ", ".join(list(modules)[1:6])
+        raise ValueError(
+            f"hook must name a module of the model, got {name!r}; the nearest are: {advice}"
+        )
+    return HookPoint(name, modules[module_name], at_input=side == "input")
+
+
+def capture(
+    model: nn.Module, hooks: Sequence[HookPoint], forward: Callable[[], Any]
+) -> list[Tensor]:
+    """Run `forward` up to the last of `hooks` and return what passed each, in their order.
+
+    The layers above are not computed: the forward is left by an exception, caught here, once
+    every hook has been passed.
+
+    Raises
+    ------
+    RuntimeError
+        If the forward ends without having passed every hook.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def keep(i: int) -> Edit:
+        def edit(value: Tensor) -> None:
+            seen[i] = value.detach()
+            if len(seen) == len(hooks):
+                raise _StopForward
+
+        return edit
+
+    with _attached([(hook, keep(i)) for i, hook in enumerate(hooks)]):
+        try:
+            forward()
+        except _StopForward:
+            return [seen[i] for i in range(len(hooks))]
+    missed = [hook.name for i, hook in enumerate(hooks) if i not in seen]
+    raise RuntimeError(f"the model's forward does not pass through {', '.join(missed)}")
+
+
+@contextmanager
+def edited(hook: HookPoint, edit: Edit) -> Iterator[None]:
+    """Replace what passes `hook` by `edit` of it, inside the block."""
+    with _attached([(hook, edit)]):
+        yield
+
+
+@contextmanager
+def _attached(edits: Sequence[tuple[HookPoint, Edit]]) -> Iterator[None]:
+    handles = [hook.attach(edit) for hook, edit in edits]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,151 @@
+"""Hugging Face causal language models: the only module that imports transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from probsae.activations.resources import check_memory
+
+# Bytes of a float32 weight over those of a stored one, where the file does not say: 4-bit GGUF
+# blocks take 4.5-5 bits a weight, half precision 16.
+_GROWTH = {"gguf": 7.0, "safetensors": 2.0}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Attributes
+    ----------
+    name : str
+        What it was loaded by; written into stores.
+    network : nn.Module
+        Maps token ids (sequence, position) to an object with `.logits`.
+    tokenizer : object
+        Hugging Face tokenizer, or any callable of a list of texts that returns
+        `{"input_ids": [...]}`; may be None where only token ids are used.
+    bos_token_id : int or None
+        Token that begins every context, where the model has one.
+    """
+
+    name: str
+    network: nn.Module
+    tokenizer: Any = None
+    bos_token_id: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights are."""
+        return next(self.network.parameters()).device
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        if not callable(self.tokenizer):
+            raise ValueError(f"{self.name} has no tokenizer; pass one to LanguageModel")
+        tokenizer: Any = self.tokenizer
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    def decode(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each token on its own."""
+        return [self.tokenizer.decode([int(i)]) for i in token_ids]
+
+    @torch.no_grad()
+    def logits(
+        self, token_ids: Int[Tensor, "sequence position"]
+    ) -> Float[Tensor, "sequence position vocabulary"]:
+        """Next-token logits, float32; sequences are padded on the right, which causality hides."""
+        output = self.network(input_ids=token_ids.to(self.device), use_cache=False)
+        return (output if isinstance(output, Tensor) else output.logits).float()
+
+
+def load_language_model(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """Load a causal language model for inference.
+
+    Parameters
+    ----------
+    name : str or Path
+        A folder with a Hugging Face model, a `.gguf` file (its weights are dequantised), or a
+        name on the Hugging Face hub.
+    device : str or torch.device, default "cpu"
+        Where to put it.
+    dtype : torch.dtype, default float32
+        Of weights and activations.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If transformers is not installed.
+    FileNotFoundError
+        If `name` is neither a file nor a folder, and the hub does not have it or is out of reach.
+    MemoryError
+        If the weights do not fit into memory, by an estimate made first.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "language models need transformers: pip install 'probsae[lm]'"
+        ) from error
+    source, options = _location(Path(name))
+    _check_weights_fit(Path(name), dtype)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        network: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, **options
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{str(name)!r} is not a readable model folder or .gguf file here, and could not be "
+            f"fetched from the Hugging Face hub ({str(error).splitlines()[0]}); offline, pass a "
+            "local folder or file"
+        ) from error
+    network.requires_grad_(False)
+    return LanguageModel(
+        str(name), network.to(device).eval(), tokenizer, bos_token_id=tokenizer.bos_token_id
+    )
+
+
+def _location(path: Path) -> tuple[str, dict[str, str]]:
+    """Return what `from_pretrained` takes for a file, a folder or a hub name."""
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}; pass the path of a .gguf model")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} must hold a Hugging Face model (config.json and weights), or pass the "
+            ".gguf file itself"
+        )
+    return str(path), {}
+
+
+def _check_weights_fit(path: Path, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights would exceed the free memory."""
+    growth = dtype.itemsize / 4
+    sizes = [
+        os.path.getsize(file) * _GROWTH[kind] * growth
+        for kind in _GROWTH
+        for file in _weight_files(path, kind)
+    ]
+    check_memory(sum(sizes), f"the weights of {path}")
+
+
+def _weight_files(path: Path, kind: str) -> Iterator[Path]:
+    if path.suffix == f".{kind}":
+        yield path
+    elif kind == "safetensors" and path.is_dir():
+        yield from path.glob("*.safetensors")

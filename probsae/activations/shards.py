@@ -1,0 +1,172 @@
+"""One file of a store: activations and what belongs to each token, in safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# safetensors' name of each, and the numpy type with which its bytes are read (numpy has no
+# bfloat16; both half types are read as integers and viewed).
+_CODES = {
+    "float32": ("F32", np.float32),
+    "bfloat16": ("BF16", np.int16),
+    "float16": ("F16", np.int16),
+}
+_OTHERS = {"I32": np.int32, "F32": np.float32, "F64": np.float64}
+
+
+class CorruptShardError(ValueError):
+    """A file of a store is not what the store's index says."""
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Activations of some tokens, with what belongs to each.
+
+    Attributes
+    ----------
+    activations : Tensor, shape (token, d_in)
+    tokens, documents, positions : Tensor of int32, shape (token,)
+        Token ids, the number of the document each came from, and the place in its context;
+        -1 where unknown.
+    """
+
+    activations: Float[Tensor, "token d_in"]
+    tokens: Int[Tensor, " token"]
+    documents: Int[Tensor, " token"]
+    positions: Int[Tensor, " token"]
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+    def rows(self, start: int, stop: int | None = None) -> TokenData:
+        """Return a range of tokens."""
+        return TokenData(*(getattr(self, name)[start:stop] for name in self.__annotations__))
+
+    @staticmethod
+    def join(parts: list[TokenData]) -> TokenData:
+        """Put parts behind each other."""
+        names = TokenData.__annotations__
+        return TokenData(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def write_shard(data: TokenData, path: Path) -> None:
+    """Write one shard; at any moment `path` is absent or whole.
+
+    Beside the tokens it holds what the scale statistics need: each token's norm, and per
+    dimension the sum, the sum of squares and the largest size (of the values as stored).
+    """
+    x = data.activations.float()
+    tensors = {
+        "activations": data.activations,
+        "tokens": data.tokens,
+        "documents": data.documents,
+        "positions": data.positions,
+        "norms": x.norm(dim=1),
+        "sum": x.double().sum(0),
+        "square_sum": x.double().square().sum(0),
+        "max_abs": x.abs().amax(0),
+    }
+    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a kill at any point leaves the old one, or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Shard:
+    """A shard opened for reading: memory-mapped, nothing is loaded until rows are asked for.
+
+    Parameters
+    ----------
+    path : Path
+        A file by `write_shard`.
+    n_tokens, d_in : int
+        What it must hold.
+    dtype : str
+        Of its activations, a key of `DTYPES`.
+
+    Raises
+    ------
+    CorruptShardError
+        If the file is missing, cut short, or its header does not say the same.
+    """
+
+    def __init__(self, path: Path, n_tokens: int, d_in: int, dtype: str):
+        self.path, self.dtype = path, DTYPES[dtype]
+        header, self._begin = _read_header(path)
+        self._header = header
+        entry = header.get("activations", {})
+        expected = {"dtype": _CODES[dtype][0], "shape": [n_tokens, d_in]}
+        if {key: entry.get(key) for key in expected} != expected:
+            raise CorruptShardError(
+                f"{path} must hold activations {expected}, got "
+                f"{ {key: entry.get(key) for key in expected} }; harvest this store again"
+            )
+        self._activations = self._map("activations", _CODES[dtype][1])
+
+    def rows(self, rows: np.ndarray | slice) -> Float[Tensor, "token d_in"]:
+        """Copy of some rows of the activations, in the store's dtype."""
+        copied = np.array(self._activations[rows])
+        return torch.from_numpy(copied).view(self.dtype)
+
+    def vector(self, name: str) -> Tensor:
+        """Copy of one of the small tensors: tokens, documents, positions, norms, sum..."""
+        return torch.from_numpy(np.array(self._map(name, _OTHERS[self._header[name]["dtype"]])))
+
+    def _map(self, name: str, dtype: type[np.generic]) -> np.ndarray:
+        entry = self._header[name]
+        begin = self._begin + entry["data_offsets"][0]
+        return np.memmap(self.path, dtype, mode="r", offset=begin, shape=tuple(entry["shape"]))
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
+    """Return a safetensors file's header and where its data begin, having checked its length."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+            size = os.fstat(file.fileno()).st_size
+        header.pop("__metadata__", None)
+        needed = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    except FileNotFoundError as error:
+        raise CorruptShardError(f"{path} is missing; harvest this store again") from error
+    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+        raise CorruptShardError(f"{path} is no readable safetensors file: {error}") from error
+    if size != needed:
+        raise CorruptShardError(
+            f"{path} must have {needed} bytes, got {size}; harvest this store again"
+        )
+    return header, 8 + length

@@ -1,0 +1,183 @@
+"""Activations on disk: safetensors shards and an index, read through memory maps.
+
+A store is a folder with `index.json`, shards `shard-00000.safetensors` and `mean.safetensors`.
+The index is written last: a folder without one is no store, whatever else it holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor
+
+from probsae.activations.shards import CorruptShardError, Shard, checksum
+from probsae.activations.store_writer import INDEX, SETTINGS
+
+# Entries of a pass's permutation, at most: 32 MB. Larger stores draw runs of neighbours together.
+_MAX_RUNS = 4_194_304
+
+
+class ActivationStore:
+    """A finished store; nothing is loaded but the rows asked for.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder that `harvest` or a `StoreWriter` wrote.
+    rows : range, optional
+        Consecutive tokens to see, all of them where None; `split` makes such views.
+
+    Attributes
+    ----------
+    d_in, n_tokens : int
+        Width, and number of tokens seen.
+    index : dict
+        `model`, `hook`, `dtype`, `settings`, `scale` (see `Scale`) and the shards' checksums.
+    mean : Tensor, shape (d_in,)
+        Of the whole store.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no finished store at `path`.
+    CorruptShardError
+        If the index cannot be read, or a shard is missing, cut short or of another shape.
+    """
+
+    def __init__(self, path: str | Path, rows: range | None = None):
+        self.path = Path(path)
+        self.index = _read_index(self.path)
+        try:
+            self.d_in = int(self.index["d_in"])
+            dtype, entries = self.index["dtype"], self.index["shards"]
+            sizes = [int(entry["n_tokens"]) for entry in entries]
+            files = [self.path / entry["file"] for entry in entries]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptShardError(f"{path}/{INDEX} lacks or garbles {error}") from error
+        if sum(sizes) == 0:
+            raise ValueError(f"the store at {path} is empty; harvest it again")
+        self._shards = [
+            Shard(file, size, self.d_in, dtype) for file, size in zip(files, sizes, strict=True)
+        ]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.mean = load_file(self.path / self.index["mean"]["file"])["mean"]
+        self.rows = range(int(self._starts[-1])) if rows is None else rows
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens in view."""
+        return len(self.rows)
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def __repr__(self) -> str:
+        source = f"{self.index['model']} {self.index['hook']}".strip()
+        return f"ActivationStore({str(self.path)!r}: {self.n_tokens} x {self.d_in}, {source})"
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, device: str | torch.device | None = None
+    ) -> Iterator[Float[Tensor, "token d_in"]]:
+        """Endless float32 batches, shuffled over all shards afresh at each pass.
+
+        Stores of more than 4 million tokens are shuffled in short runs of neighbours.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        generator = torch.Generator().manual_seed(seed)
+        run = -(-self.n_tokens // _MAX_RUNS)
+        order = torch.empty(0, dtype=torch.long)
+        while True:
+            while len(order) * run < batch_size:
+                order = torch.cat(
+                    [order, torch.randperm(self.n_tokens // run, generator=generator)]
+                )
+            n_runs = -(-batch_size // run)
+            starts, order = order[:n_runs] * run, order[n_runs:]
+            rows = (starts[:, None] + torch.arange(run)).flatten()[:batch_size]
+            yield self.gather(rows).to(device)
+
+    def sequential(
+        self, batch_size: int, device: str | torch.device | None = None
+    ) -> Iterator[Float[Tensor, "token d_in"]]:
+        """One pass in the order of the text."""
+        for start in range(0, self.n_tokens, batch_size):
+            stop = min(start + batch_size, self.n_tokens)
+            yield self.gather(torch.arange(start, stop)).to(device)
+
+    def gather(self, rows: Int[Tensor, " token"]) -> Float[Tensor, "token d_in"]:
+        """Return the activations of the given tokens of the view, in their order, as float32.
+
+        Raises
+        ------
+        IndexError
+            If a row is outside the view.
+        """
+        out = torch.empty(len(rows), self.d_in)
+        for shard, where, local in self._locate(rows):
+            out[where] = shard.rows(local).float()
+        return out
+
+    def labels(self, name: str = "tokens") -> Int[Tensor, " token"]:
+        """Return `tokens` (ids), `documents` or `positions` of the tokens in view."""
+        if name not in ("tokens", "documents", "positions"):
+            raise ValueError(f"a label is tokens, documents or positions, got {name!r}")
+        every = torch.cat([shard.vector(name) for shard in self._shards])
+        return every[self.rows.start : self.rows.stop]
+
+    def split(self, held_out: float = 0.1) -> tuple[ActivationStore, ActivationStore]:
+        """Return (train, held-out) views: the held-out part is the text's end, so none leaks."""
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must be strictly between 0 and 1, got {held_out}")
+        middle = self.rows.start + round(self.n_tokens * (1 - held_out))
+        parts = range(self.rows.start, middle), range(middle, self.rows.stop)
+        if not all(parts):
+            raise ValueError(f"{self.n_tokens} tokens are too few to hold out {held_out:.0%}")
+        return ActivationStore(self.path, parts[0]), ActivationStore(self.path, parts[1])
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum.
+
+        Raises
+        ------
+        CorruptShardError
+            Naming the first file that differs.
+        """
+        for entry in [self.index["mean"], *self.index["shards"]]:
+            if checksum(self.path / entry["file"]) != entry["sha256"]:
+                raise CorruptShardError(
+                    f"{self.path / entry['file']} differs from its checksum in the index; "
+                    "harvest this store again"
+                )
+
+    def _locate(self, rows: Tensor) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
+        """For each shard concerned: the places in `rows` and the rows inside the shard."""
+        index = rows.cpu().numpy()
+        if len(index) and (index.min() < 0 or index.max() >= self.n_tokens):
+            raise IndexError(f"rows must be within 0 and {self.n_tokens - 1}, got {index}")
+        index = index + self.rows.start
+        shards = np.searchsorted(self._starts, index, side="right") - 1
+        for i in np.unique(shards):
+            where = np.flatnonzero(shards == i)
+            yield self._shards[i], where, index[where] - self._starts[i]
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    if not (path / INDEX).is_file():
+        is_begun = (path / SETTINGS).is_file()
+        advice = (
+            "repeat its harvest to complete it" if is_begun else "make one by `probsae harvest`"
+        )
+        state = "an unfinished store" if is_begun else "no activation store"
+        raise FileNotFoundError(f"{path} is {state} (it has no {INDEX}); {advice}")
+    try:
+        return json.loads((path / INDEX).read_text())
+    except ValueError as error:
+        raise CorruptShardError(f"{path / INDEX} is not readable: {error}") from error

@@ -1,0 +1,248 @@
+"""Writes an activation store: whole shards one after the other, the index last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save
+from torch import Tensor
+
+from probsae.activations.scaling import Scale, combine
+from probsae.activations.shards import (
+    DTYPES,
+    Shard,
+    TokenData,
+    checksum,
+    write_bytes,
+    write_shard,
+)
+from probsae.activations.source import check_activations
+
+FORMAT_VERSION = 1
+INDEX, MEAN, SETTINGS = "index.json", "mean.safetensors", "settings.json"
+# Tokens from which the median norm of centred activations is taken: its standard error is 1% of
+# the spread of the norms.
+_N_SAMPLE = 8192
+
+
+class StoreWriter:
+    """Appends tokens to a store that is not finished yet; goes on where an earlier one stopped.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder of the store. Nothing is created before the first shard is full.
+    d_in : int
+        Width of the activations.
+    dtype : {"float32", "bfloat16", "float16"}
+        What activations are stored in. bfloat16 halves the size and keeps the range; float16
+        overflows at 65,504, which massive activations reach.
+    shard_tokens : int, default 65,536
+        Tokens a shard; up to one shard is held in memory.
+    model, hook : str
+        Where the activations came from.
+    settings : dict, optional
+        JSON-ready; a resumed write must have the same.
+
+    Attributes
+    ----------
+    n_tokens : int
+        Tokens appended so far, those found on disk included: where to go on.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds a finished store, or one begun with other settings.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from probsae.activations import ActivationStore
+    >>> folder = tempfile.mkdtemp() + "/store"
+    >>> writer = StoreWriter(folder, d_in=4)
+    >>> writer.append(torch.randn(10, 4))
+    >>> writer.finish()
+    >>> len(ActivationStore(folder))
+    10
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        d_in: int,
+        *,
+        dtype: str = "bfloat16",
+        shard_tokens: int = 65_536,
+        model: str = "",
+        hook: str = "",
+        settings: dict[str, Any] | None = None,
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        for name, value in (("d_in", d_in), ("shard_tokens", shard_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.path, self.d_in, self.dtype, self.shard_tokens = Path(path), d_in, dtype, shard_tokens
+        self._header = {
+            "format_version": FORMAT_VERSION,
+            "model": model,
+            "hook": hook,
+            "dtype": dtype,
+            "d_in": d_in,
+            "shard_tokens": shard_tokens,
+            "settings": settings or {},
+        }
+        self._n_shards = self._resume()
+        self.n_tokens = self._n_shards * shard_tokens
+        self._buffer: list[TokenData] = []
+        self._n_buffered = 0
+
+    def _resume(self) -> int:
+        """Return the number of whole shards on disk, having removed what a kill left over."""
+        if (self.path / INDEX).exists():
+            raise FileExistsError(
+                f"{self.path} holds a finished store; remove it or choose another"
+            )
+        shards = sorted(self.path.glob("shard-*.safetensors"))
+        if not (self.path / SETTINGS).exists():
+            if self.path.exists() and any(p for p in self.path.iterdir() if p.suffix != ".tmp"):
+                raise FileExistsError(
+                    f"{self.path} is not empty and holds no store; choose another"
+                )
+            return 0
+        begun = json.loads((self.path / SETTINGS).read_text())
+        header = json.loads(json.dumps(self._header))
+        if begun != header:
+            different = sorted(key for key in header if begun.get(key) != header[key])
+            raise FileExistsError(
+                f"{self.path} was begun with another {', '.join(different)}; repeat that command "
+                "to go on with it, or remove the folder"
+            )
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink()
+        for i, shard in enumerate(shards):
+            if shard.name != _shard_name(i):
+                raise FileExistsError(f"{self.path} lacks {_shard_name(i)}; remove the folder")
+            Shard(shard, self.shard_tokens, self.d_in, self.dtype)
+        return len(shards)
+
+    def append(
+        self,
+        activations: Float[Tensor, "token d_in"],
+        *,
+        tokens: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """Add tokens; whole shards are written at once, the rest waits in memory.
+
+        Parameters
+        ----------
+        activations : Tensor, shape (token, d_in)
+            Finite values that the store's dtype can hold.
+        tokens, documents, positions : Tensor of integers, shape (token,), optional
+            Token ids, number of each token's document, its place in its context.
+
+        Raises
+        ------
+        ValueError
+            If a value is NaN or infinite, exceeds the dtype, or the width is another. Shards
+            already written stay, and a later writer goes on from them.
+        """
+        x = check_activations(activations.detach().cpu(), self.d_in)
+        stored = x.to(DTYPES[self.dtype])
+        if not bool(torch.isfinite(stored).all()):
+            raise ValueError(
+                f"activations up to {float(x.abs().max()):.4g} do not fit into {self.dtype}, which "
+                f"ends at {torch.finfo(stored.dtype).max:.4g}; store bfloat16 or float32"
+            )
+        labels = (_labels(value, len(x)) for value in (tokens, documents, positions))
+        data = TokenData(stored, *labels)
+        self.n_tokens += len(data)
+        while self._n_buffered + len(data) >= self.shard_tokens:
+            n_missing = self.shard_tokens - self._n_buffered
+            self._buffer.append(data.rows(0, n_missing))
+            data = data.rows(n_missing)
+            self._flush()
+        if len(data):
+            # A copy: a view would keep the whole batch that it was cut from.
+            self._buffer.append(TokenData.join([data]))
+            self._n_buffered += len(data)
+
+    def _flush(self) -> None:
+        """Write the buffer as the next shard."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._n_shards == 0:
+            write_bytes(self.path / SETTINGS, _json(self._header))
+        write_shard(TokenData.join(self._buffer), self.path / _shard_name(self._n_shards))
+        self._n_shards += 1
+        self._buffer, self._n_buffered = [], 0
+
+    def finish(self) -> None:
+        """Write the last shard, the mean and the index: from here on the store can be read.
+
+        Raises
+        ------
+        ValueError
+            If there is no token.
+        """
+        if self.n_tokens == 0:
+            raise ValueError(f"a store must hold at least one token, got none for {self.path}")
+        if self._n_buffered:
+            self._flush()
+        sizes = [self.shard_tokens] * self._n_shards
+        sizes[-1] = self.n_tokens - self.shard_tokens * (self._n_shards - 1)
+        shards = [
+            Shard(self.path / _shard_name(i), size, self.d_in, self.dtype)
+            for i, size in enumerate(sizes)
+        ]
+        mean, scale = _statistics(shards, self.n_tokens)
+        write_bytes(self.path / MEAN, save({"mean": mean.float()}))
+        index = {
+            **self._header,
+            "n_tokens": self.n_tokens,
+            "scale": scale.to_dict(),
+            "mean": {"file": MEAN, "sha256": checksum(self.path / MEAN)},
+            "shards": [
+                {"file": shard.path.name, "n_tokens": size, "sha256": checksum(shard.path)}
+                for shard, size in zip(shards, sizes, strict=True)
+            ],
+        }
+        write_bytes(self.path / INDEX, _json(index))
+        (self.path / SETTINGS).unlink()
+
+
+def _statistics(shards: list[Shard], n_tokens: int) -> tuple[Tensor, Scale]:
+    """Mean and scale from each shard's sums: the same however often writing was interrupted."""
+    mean = torch.stack([shard.vector("sum") for shard in shards]).sum(0) / n_tokens
+    square = torch.stack([shard.vector("square_sum") for shard in shards]).sum(0) / n_tokens
+    norms = torch.cat([shard.vector("norms") for shard in shards])
+    every = -(-n_tokens // _N_SAMPLE)
+    scale = combine(
+        norms=norms,
+        mean=mean,
+        variance=(square - mean.square()).clamp(min=0),
+        max_abs=torch.stack([shard.vector("max_abs") for shard in shards]).amax(0),
+        sample=torch.cat([shard.rows(slice(None, None, every)) for shard in shards]),
+    )
+    return mean, scale
+
+
+def _shard_name(i: int) -> str:
+    return f"shard-{i:05d}.safetensors"
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, sort_keys=True).encode()
+
+
+def _labels(values: Tensor | None, n: int) -> Tensor:
+    if values is None:
+        return torch.full((n,), -1, dtype=torch.int32)
+    if values.shape != (n,):
+        raise ValueError(f"labels must have shape ({n},), got {tuple(values.shape)}")
+    return values.detach().to("cpu", torch.int32)

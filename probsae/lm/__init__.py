@@ -1,0 +1,5 @@
+"""Dictionaries inside a language model."""
+
+from probsae.lm.splice import SpliceResult, splice
+
+__all__ = ["SpliceResult", "splice"]

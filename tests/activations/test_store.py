@@ -1,0 +1,177 @@
+"""Stores: what is written is read back, and damage is named."""
+
+import json
+
+import pytest
+import torch
+
+from probsae.activations import ActivationStore, CorruptShardError, StoreWriter, robust_scale
+
+
+def write(folder, x, shard_tokens=16, dtype="float32", **labels):
+    writer = StoreWriter(folder, x.shape[1], dtype=dtype, shard_tokens=shard_tokens, hook="h")
+    for rows in torch.arange(len(x)).split(7):
+        writer.append(x[rows], **{name: value[rows] for name, value in labels.items()})
+    writer.finish()
+    return ActivationStore(folder)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(50, 4)
+
+
+def test_rows_come_back_in_order(tmp_path, x):
+    store = write(tmp_path / "s", x, tokens=torch.arange(50))
+    assert torch.equal(torch.cat(list(store.sequential(16))), x)
+    rows = torch.tensor([49, 0, 17, 16, 15, 17])
+    assert torch.equal(store.gather(rows), x[rows])
+    assert store.labels().tolist() == list(range(50))
+    assert store.labels("positions").tolist() == [-1] * 50
+    torch.testing.assert_close(store.mean, x.mean(0))
+
+
+def test_bfloat16_rounds_once(tmp_path, x):
+    store = write(tmp_path / "s", x, dtype="bfloat16")
+    assert torch.equal(torch.cat(list(store.sequential(64))), x.bfloat16().float())
+
+
+def test_a_pass_holds_every_token_once_across_shards(tmp_path):
+    x = torch.arange(48.0)[:, None].expand(-1, 3).contiguous()
+    stream = write(tmp_path / "s", x).batches(12, seed=3)
+    first = torch.cat([next(stream)[:, 0] for _ in range(4)])
+    second = torch.cat([next(stream)[:, 0] for _ in range(4)])
+    assert sorted(first.tolist()) == list(range(48))
+    assert sorted(second.tolist()) == list(range(48))
+    assert first.tolist() != second.tolist()
+    # Shards of 16: a batch drawn within one of them would span fewer than 16.
+    assert float(first[:12].max() - first[:12].min()) > 16
+
+
+def test_seed_fixes_the_order(tmp_path, x):
+    store = write(tmp_path / "s", x)
+    assert torch.equal(next(store.batches(20, seed=1)), next(store.batches(20, seed=1)))
+    assert not torch.equal(next(store.batches(20, seed=1)), next(store.batches(20, seed=2)))
+
+
+def test_split_leaks_nothing(tmp_path, x):
+    train, held_out = write(tmp_path / "s", x).split(0.2)
+    assert (len(train), len(held_out)) == (40, 10)
+    assert torch.equal(next(held_out.sequential(10)), x[40:])
+    assert torch.equal(torch.cat(list(train.sequential(16))), x[:40])
+    with pytest.raises(IndexError, match="within 0 and 39"):
+        train.gather(torch.tensor([40]))
+
+
+def test_interrupted_write_goes_on(tmp_path, x):
+    first = StoreWriter(tmp_path / "s", 4, dtype="float32", shard_tokens=16)
+    first.append(x[:40])  # two whole shards; 8 tokens wait in memory and are lost with it
+    again = StoreWriter(tmp_path / "s", 4, dtype="float32", shard_tokens=16)
+    assert again.n_tokens == 32
+    again.append(x[32:])
+    again.finish()
+    resumed, at_once = ActivationStore(tmp_path / "s"), write(tmp_path / "t", x)
+    assert torch.equal(torch.cat(list(resumed.sequential(50))), x)
+    assert resumed.index["scale"] == at_once.index["scale"]
+
+
+def test_other_settings_are_refused(tmp_path, x):
+    StoreWriter(tmp_path / "s", 4, shard_tokens=16, hook="a").append(x)
+    with pytest.raises(FileExistsError, match="another hook"):
+        StoreWriter(tmp_path / "s", 4, shard_tokens=16, hook="b")
+
+
+def test_finished_store_is_not_overwritten(tmp_path, x):
+    write(tmp_path / "s", x)
+    with pytest.raises(FileExistsError, match="finished store"):
+        StoreWriter(tmp_path / "s", 4)
+
+
+def test_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="not empty"):
+        StoreWriter(tmp_path, 4)
+
+
+def test_empty_store_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="at least one token"):
+        StoreWriter(tmp_path / "s", 4).finish()
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_values_keep_what_is_written(tmp_path, x, value):
+    writer = StoreWriter(tmp_path / "s", 4, dtype="float32", shard_tokens=16)
+    writer.append(x[:20])
+    x[30, 2] = value
+    with pytest.raises(ValueError, match="token 10"):
+        writer.append(x[20:])
+    assert StoreWriter(tmp_path / "s", 4, dtype="float32", shard_tokens=16).n_tokens == 16
+
+
+def test_overflow_of_float16_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"do not fit into float16.*bfloat16"):
+        StoreWriter(tmp_path / "s", 2, dtype="float16").append(torch.full((3, 2), 1e5))
+
+
+def test_missing_and_unfinished_stores(tmp_path, x):
+    with pytest.raises(FileNotFoundError, match="no activation store"):
+        ActivationStore(tmp_path / "nothing")
+    StoreWriter(tmp_path / "s", 4, shard_tokens=16).append(x)
+    with pytest.raises(FileNotFoundError, match="unfinished store"):
+        ActivationStore(tmp_path / "s")
+
+
+def damage_cut(shard):
+    shard.write_bytes(shard.read_bytes()[:-5])
+
+
+def damage_header(shard):
+    shard.write_bytes(b"\x10" + b"\x00" * 7 + b"not json at all!" + shard.read_bytes()[24:])
+
+
+def damage_missing(shard):
+    shard.unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_header, damage_missing])
+def test_corrupt_shard_is_named(tmp_path, x, damage):
+    write(tmp_path / "s", x)
+    damage(tmp_path / "s" / "shard-00001.safetensors")
+    with pytest.raises(CorruptShardError, match="shard-00001"):
+        ActivationStore(tmp_path / "s")
+
+
+def test_changed_bytes_fail_the_checksum(tmp_path, x):
+    store = write(tmp_path / "s", x)
+    store.verify()
+    shard = tmp_path / "s" / "shard-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(CorruptShardError, match="shard-00002"):
+        ActivationStore(tmp_path / "s").verify()
+
+
+def test_garbled_index(tmp_path, x):
+    write(tmp_path / "s", x)
+    index = tmp_path / "s" / "index.json"
+    content = json.loads(index.read_text())
+    del content["shards"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(CorruptShardError, match="shards"):
+        ActivationStore(tmp_path / "s")
+    index.write_text("{")
+    with pytest.raises(CorruptShardError, match="not readable"):
+        ActivationStore(tmp_path / "s")
+
+
+def test_robust_scale_ignores_massive_tokens():
+    torch.manual_seed(0)
+    x = torch.randn(2000, 16)
+    calm = robust_scale(x)
+    x[:3] *= 1e3
+    wild = robust_scale(x)
+    assert wild.scale == pytest.approx(calm.scale, rel=0.01)
+    assert wild.standard_deviation > 30 * calm.standard_deviation
+    assert wild.massive_token_share == pytest.approx(3 / 2000)

@@ -1,0 +1,237 @@
+"""The fit loop: what it takes, what it leaves, and how it stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+import probsae as ps
+from probsae.inference import (
+    Callback,
+    Checkpoint,
+    FeatureTracker,
+    NonFiniteElboError,
+    Schedule,
+    WandbLogger,
+)
+
+OPTIONS = {"n_steps": 30, "batch_size": 32, "device": "cpu", "progress": False}
+
+
+def small_model(cls=ps.SpikeSlabDictionary, **options):
+    torch.manual_seed(0)
+    return cls(d_in=8, d_sae=12, **options)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return ps.SyntheticActivations(d_in=8, n_features=10, n_active=2, noise_scale=0.05, seed=1)
+
+
+def test_takes_every_form_of_data(source):
+    x, _ = source.sample(300)
+    forms = [x, x.numpy(), x.numpy().astype(np.float64), source, source.batches(32), iter([x] * 30)]
+    for data in forms:
+        result = ps.fit(small_model(), data, **OPTIONS)
+        assert result.n_steps == 30
+        assert np.isfinite(result.history["elbo"]).all()
+
+
+def test_an_iterator_that_ends_ends_the_fit(source):
+    x, _ = source.sample(64)
+    with pytest.warns(UserWarning, match="ended after 3 of 30 steps"):
+        result = ps.fit(small_model(), iter([x, x, x]), **OPTIONS)
+    assert result.n_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (torch.zeros(50, 9), ValueError, "d_in=8 columns"),
+        (torch.full((50, 8), torch.inf), ValueError, "finite"),
+        (torch.zeros(0, 8), ValueError, "at least one token"),
+        (iter([]), ValueError, "empty iterator"),
+        (torch.zeros(50), ValueError, "shape"),
+        (3, TypeError, "data must be"),
+        (np.array([["a"]]), TypeError, "numbers"),
+    ],
+)
+def test_unusable_data_are_refused_and_change_nothing(data, error, words):
+    model = small_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(error, match=words):
+        ps.fit(model, data, **OPTIONS)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options", [{"n_steps": 0}, {"batch_size": 0}, {"learning_rate": -1.0}, {"precision": "int8"}]
+)
+def test_unusable_settings_are_refused(options, source):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ps.fit(small_model(), source, **(OPTIONS | options))
+
+
+def test_a_nonfinite_batch_stops_the_fit_at_the_last_good_step(source):
+    good, _ = source.sample(32)
+    bad = good.clone()
+    bad[5, 2] = 1e30  # finite, but its square is not
+
+    class Keep(Callback):
+        def on_step(self, state):
+            self.weights = {k: v.clone() for k, v in state.model.state_dict().items()}
+
+    keep, model = Keep(), small_model()
+    batches = [good] * 9 + [bad] + [good] * 20
+    with pytest.raises(NonFiniteElboError, match=r"step 10: .*log_likelihood.*step 9"):
+        ps.fit(model, iter(batches), **(OPTIONS | {"batch_size": 600}), callbacks=[keep])
+    assert all(torch.equal(keep.weights[k], v) for k, v in model.state_dict().items())
+    assert not model.training
+
+
+def test_any_pyro_elbo_can_be_passed(source):
+    losses = []
+    for elbo in (None, ps.inference.ExactELBO(), pyro.infer.TraceMeanField_ELBO(num_particles=4)):
+        model = small_model(ps.RectifiedGaussianDictionary)
+        losses.append(ps.fit(model, source, elbo=elbo, **OPTIONS).history["elbo"][-1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[2], abs=1.0)
+
+
+def test_a_compiled_fit_is_the_eager_fit(tmp_path):
+    # A process of its own: the shape checks of this one are no part of what is compiled.
+    script = """
+import torch, probsae as ps
+source = ps.SyntheticActivations(d_in=8, n_features=10, n_active=2, noise_scale=0.05, seed=1)
+models = []
+for compile in (False, True):
+    torch.manual_seed(0)
+    model = ps.SpikeSlabDictionary(d_in=8, d_sae=12)
+    ps.fit(model, source, n_steps=20, batch_size=32, device="cpu", compile=compile)
+    models.append(model)
+torch.testing.assert_close(models[0].W_dec, models[1].W_dec, rtol=1e-3, atol=1e-4)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_fit_does_not_depend_on_the_units(source):
+    x, _ = source.sample(512)
+    fitted = []
+    for unit in (1.0, 300.0):
+        model = small_model()
+        ps.fit(model, unit * x, **OPTIONS)
+        fitted.append(model)
+    torch.testing.assert_close(fitted[0].W_dec, fitted[1].W_dec, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        fitted[1].noise_scale, 300 * fitted[0].noise_scale, rtol=1e-2, atol=0
+    )
+
+
+def test_bfloat16_products_stay_close(source):
+    results = []
+    for precision in ("float32", "bfloat16"):
+        model = small_model()
+        results.append(ps.fit(model, source, precision=precision, **OPTIONS).history["elbo"][-1])
+        assert model.product_dtype is None
+        assert model.W_dec.dtype == torch.float32
+    assert results[1] == pytest.approx(results[0], abs=0.5)
+    assert results[1] != results[0]
+
+
+def test_schedule():
+    schedule = Schedule(kl_start=0.1, kl_warmup=0.5, warmup=0.1, decay=0.2)
+    weights = [schedule.kl_weight(step, 100) for step in range(100)]
+    assert weights[0] == pytest.approx(0.1)
+    assert weights[50:] == [1.0] * 50
+    assert weights == sorted(weights)
+    rates = [schedule.rate(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:80] == [1.0] * 71
+    assert rates[-1] == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="kl_warmup"):
+        Schedule(kl_warmup=1.5)
+
+
+def test_firing_rates_wait_for_the_warm_up(source):
+    model = small_model()
+    start = model.firing_rate.detach().clone()
+
+    class Watch(Callback):
+        def on_step(self, state):
+            if state.step == 14:
+                torch.testing.assert_close(model.firing_rate.detach(), start)
+
+    ps.fit(model, source, schedule=Schedule(kl_warmup=0.5), callbacks=[Watch()], **OPTIONS)
+    assert not torch.allclose(model.firing_rate.detach(), start)
+
+
+def test_feature_tracker(source):
+    tracker = FeatureTracker(source.features, every=10)
+    ps.fit(small_model(), source, callbacks=[tracker], **OPTIONS)
+    assert tracker.history["step"] == [10, 20, 30]
+    assert all(0 <= n <= 10 for n in tracker.history["n_learned"])
+    assert all(0 < m <= 1 for m in tracker.history["mmcs"])
+
+
+def test_wandb_writes_an_offline_run(source, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logger = WandbLogger(directory=tmp_path, every=10)
+    ps.fit(small_model(), source, callbacks=[logger], **OPTIONS)
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 1
+    assert files[0].stat().st_size > 0
+
+
+RESUMABLE = """
+import sys, torch, probsae as ps
+from probsae.inference import Checkpoint, Callback
+source = ps.SyntheticActivations(d_in=8, n_features=10, n_active=2, noise_scale=0.05, seed=1)
+torch.manual_seed(0)
+model = ps.SpikeSlabDictionary(d_in=8, d_sae=12)
+class Slow(Callback):
+    def on_step(self, state):
+        if state.step > 60:
+            import time; time.sleep(0.05)
+ps.fit(model, source, n_steps=100, batch_size=32, device="cpu",
+       callbacks=[Checkpoint(sys.argv[1], every=20), Slow()])
+"""
+
+
+def test_a_killed_fit_resumes_to_the_same_model(source, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", RESUMABLE, str(tmp_path / "run")])
+    deadline = time.monotonic() + 120
+    state = tmp_path / "run" / "fit.json"
+    while time.monotonic() < deadline:
+        if state.exists() and json.loads(state.read_text())["step"] >= 60:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    step = json.loads(state.read_text())["step"]
+    assert 60 <= step < 100
+    options = OPTIONS | {"n_steps": 100}
+    resumed = small_model()
+    result = ps.fit(resumed, source, resume=tmp_path / "run", **options)
+    assert result.n_steps == 100
+    whole = small_model()
+    ps.fit(whole, source, **options)
+    torch.testing.assert_close(resumed.W_dec, whole.W_dec, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(source, tmp_path):
+    ps.fit(small_model(), source, callbacks=[Checkpoint(tmp_path / "run", every=10)], **OPTIONS)
+    with pytest.raises(ValueError, match="seed=0"):
+        ps.fit(small_model(), source, resume=tmp_path / "run", seed=4, **OPTIONS)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        ps.fit(small_model(), source, resume=tmp_path / "nothing", **OPTIONS)
+    assert not list(Path(tmp_path).glob(".*")), "a half-written checkpoint was left behind"
