@@ -2,7 +2,9 @@
 
 from importlib.metadata import version
 
-from probsae import inference, metrics, models
+from probsae import baselines, inference, metrics, models
+from probsae.estimator import DictionaryEstimator
+from probsae.evaluate import Report, evaluate
 from probsae.inference.fit import FitResult, fit
 from probsae.models import (
     BatchTopKSAE,
@@ -21,6 +23,7 @@ from probsae.models import (
     load,
     save,
 )
+from probsae.posterior import to_arviz
 from probsae.synthetic import SyntheticActivations
 
 __version__ = version("probsae")
@@ -28,6 +31,7 @@ __version__ = version("probsae")
 __all__ = [
     "BatchTopKSAE",
     "CodePosterior",
+    "DictionaryEstimator",
     "FitResult",
     "GatedSAE",
     "JumpReLUSAE",
@@ -36,15 +40,19 @@ __all__ = [
     "PointPosterior",
     "ReLUSAE",
     "RectifiedGaussianDictionary",
+    "Report",
     "SparseDictionary",
     "SparseVAE",
     "SpikeSlabDictionary",
     "SyntheticActivations",
     "TopKSAE",
+    "baselines",
+    "evaluate",
     "fit",
     "inference",
     "load",
     "metrics",
     "models",
     "save",
+    "to_arviz",
 ]

@@ -148,6 +148,13 @@ class SpikeSlab(TorchDistribution):
     def support(self):
         return self.slab.support
 
+    def detach(self) -> SpikeSlab:
+        """Return the same law without gradient."""
+        slab = type(self.slab)(
+            self.slab.loc.detach(), self.slab.scale.detach(), validate_args=False
+        )
+        return SpikeSlab(self.logits.detach(), slab, validate_args=False)
+
     @property
     def p_active(self) -> Tensor:
         """gamma, the probability that the code is not zero."""
@@ -188,6 +195,66 @@ class SpikeSlab(TorchDistribution):
             is_active = torch.rand(shape, device=self.logits.device) < self.p_active
             slab = self.slab.expand(self.batch_shape).sample(sample_shape)
             return torch.where(is_active, slab, 0.0)
+
+
+class TiltedSpikeSlab(SpikeSlab):
+    r"""A spike-and-slab prior times a Gaussian likelihood: q(z) ~ p(z) exp(-(z - r)^2 / (2 e^2)).
+
+    What Bayes' rule makes of one code whose evidence r has noise of scale e. With the prior's
+    slab N(m_0, t^2), and P = 1/e^2 + 1/t^2, the slab becomes N(mu, 1/P) and the gate
+
+        mu = (r/e^2 + m_0/t^2) / P,
+        logit gamma = logit rate - log(t^2 P)/2 + P mu^2/2 - m_0^2/(2 t^2),
+
+    plus log Phi(mu sqrt(P)) - log Phi(m_0/t) on the half line. Its divergence from that prior is
+
+        KL = (r E z - E z^2 / 2) / e^2 - softplus(logit gamma) + softplus(logit rate).
+
+    Parameters
+    ----------
+    prior : SpikeSlab
+        Of batch shape (d_sae,).
+    evidence : Tensor, shape (token, d_sae)
+        r, in the units of the codes.
+    precision : Tensor, shape (d_sae,)
+        1/e^2.
+
+    Notes
+    -----
+    The prior's parameters are constants in it. q is the optimum given its evidence, so the ELBO's
+    gradient by them through q vanishes (the envelope theorem); what is left is the divergence's
+    own dependence on the prior, which `kl_divergence` carries.
+
+    Source: Titsias and Lazaro-Gredilla (2011), equations 9-12.
+    """
+
+    def __init__(self, prior: SpikeSlab, evidence: Tensor, precision: Tensor):
+        prior = prior.detach()
+        mean, scale = prior.slab.loc, prior.slab.scale
+        slab_precision = scale.reciprocal().square()
+        total = precision + slab_precision
+        if isinstance(prior.slab, TruncatedNormal):
+            # Evidence that far below zero says no more; beyond it the closed forms lose their
+            # digits, and with them the divergence its sign.
+            lowest = (_LOWEST_RATIO * total.sqrt() - mean * slab_precision) / precision
+            evidence = torch.maximum(evidence, lowest)
+        self.prior, self.evidence, self.evidence_precision = prior, evidence, precision
+        loc = evidence * (precision / total) + mean * (slab_precision / total)
+        # All that does not depend on the token is one row.
+        offset = prior.logits + 0.5 * (slab_precision / total).log()
+        offset = offset - 0.5 * slab_precision * mean.square()
+        slab_scale = total.rsqrt().expand_as(loc)
+        if isinstance(prior.slab, TruncatedNormal):
+            slab = TruncatedNormal(loc, slab_scale, validate_args=False)
+            offset = offset - prior.slab.log_mass + slab.log_mass
+        else:
+            slab = Normal(loc, slab_scale, validate_args=False)
+        super().__init__(offset + 0.5 * total * loc.square(), slab, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
+        return super().expand(batch_shape)
 
 
 class RectifiedNormal(SpikeSlab):
@@ -247,6 +314,34 @@ def _kl_spike_slab(q: SpikeSlab, p: SpikeSlab) -> Tensor:
     return gate + gamma * kl_divergence(q.slab, p.slab)
 
 
+@register_kl(TiltedSpikeSlab, SpikeSlab)
+def _kl_tilted_prior(q: TiltedSpikeSlab, p: SpikeSlab) -> Tensor:
+    """Cheap where p is the prior that q was tilted from; the general form elsewhere."""
+    if not (torch.compiler.is_compiling() or _is_same(q.prior, p)):
+        return _kl_spike_slab(q, p)
+    gamma, mean = q.p_active, q.slab.mean
+    second_moment = q.slab.variance + mean.square()
+    tilt = gamma * q.evidence_precision * (q.evidence * mean - 0.5 * second_moment)
+    value = tilt - F.softplus(q.logits) + F.softplus(q.prior.logits)
+    if not p.logits.requires_grad:
+        return value
+    # -E_q log p with q held: linear in three moments of q, so its gradient is three sums.
+    gamma, first, second = gamma.detach(), (gamma * mean).detach(), (gamma * second_moment).detach()
+    precision = p.slab.scale.reciprocal().square()
+    constant = p.slab.scale.log() + 0.5 * precision * p.slab.loc.square() - p.logits
+    if isinstance(p.slab, TruncatedNormal):
+        constant = constant + p.slab.log_mass
+    cross = gamma * constant + 0.5 * precision * second - precision * p.slab.loc * first
+    cross = cross + F.softplus(p.logits)
+    return value + (cross - cross.detach())
+
+
+def _is_same(a: SpikeSlab, b: SpikeSlab) -> bool:
+    """Whether two priors have the same parameters, up to broadcasting."""
+    pairs = [(a.logits, b.logits), (a.slab.loc, b.slab.loc), (a.slab.scale, b.slab.scale)]
+    return type(a.slab) is type(b.slab) and all(bool((u == v).all()) for u, v in pairs)
+
+
 def _warm_dispatch() -> None:
     """Resolve every divergence once: torch.compile reads torch's cache but not its dispatch."""
     one = torch.ones(1)
@@ -256,10 +351,11 @@ def _warm_dispatch() -> None:
     pairs = [(slabs[0], slabs[0]), (slabs[1], slabs[1]), (slabs[2], slabs[1])]
     pairs += [(normal, Laplace(one, one)), (truncated, exponential), (point, exponential)]
     pairs += [(point, slabs[1].mask(False))]
+    pairs += [(TiltedSpikeSlab(p, one, one), p) for p in slabs[:2]]
     for q, p in pairs:
         kl_divergence(Independent(q, 1), Independent(p, 1))
 
 
 _warm_dispatch()
 
-__all__ = ["RectifiedNormal", "SpikeSlab", "TruncatedNormal"]
+__all__ = ["RectifiedNormal", "SpikeSlab", "TiltedSpikeSlab", "TruncatedNormal"]

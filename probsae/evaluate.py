@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ _MAX_CODES = 2**25
 FOUND_COSINE = 0.9
 
 
+@runtime_checkable
 class Dictionary(Protocol):
     """What `evaluate` needs: a fitted model or a baseline."""
 

@@ -107,8 +107,8 @@ def take(
     """Gather `n_tokens` tokens of `data`; all of them, in a random order, where it holds fewer."""
     if n_tokens < 1:
         raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
-    if isinstance(data, Tensor | np.ndarray):
-        n_tokens = min(n_tokens, len(data))
+    n_available = len(data) if isinstance(data, Tensor | np.ndarray) else None
+    n_tokens = min(n_tokens, n_available or getattr(data, "n_tokens", n_tokens))
     gathered: list[Tensor] = []
     n_gathered = 0
     for x in batches(data, min(n_tokens, 8192), seed=seed, device=device):

@@ -3,6 +3,7 @@
 from probsae.inference.callbacks import Callback, Checkpoint, FeatureTracker, FitState
 from probsae.inference.elbo import ElboTerms, ExactELBO, Objective, elbo_terms, objective
 from probsae.inference.fit import FitResult, NonFiniteElboError, fit
+from probsae.inference.resample import ResampleDeadFeatures
 from probsae.inference.schedule import Schedule
 from probsae.inference.wandb_logger import WandbLogger
 
@@ -16,6 +17,7 @@ __all__ = [
     "FitState",
     "NonFiniteElboError",
     "Objective",
+    "ResampleDeadFeatures",
     "Schedule",
     "WandbLogger",
     "elbo_terms",

@@ -171,4 +171,9 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
         moments.setdefault(int(index), {})[name] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for parameter, values in state.optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                # Fused Adam pairs elements by their place in memory: strides must agree.
+                values[name] = torch.empty_like(parameter).copy_(value)
     state.step, state.history = saved["step"], saved["history"]

@@ -162,6 +162,7 @@ def fit(
         try:
             _run(state, stream, step_function, schedule, learning_rate, list(callbacks), progress)
         finally:
+            model.noise_factor.fill_(1.0)
             model.eval()
     return FitResult(model, state.history, state.step, state.step * batch_size)
 
@@ -193,6 +194,8 @@ def _run(
         for x in itertools.islice(stream, state.n_steps - state.step):
             kl_weight.fill_(schedule.kl_weight(state.step, state.n_steps))
             _set_rates(state, schedule, learning_rate)
+            if state.model.learn_noise:
+                state.model.noise_factor.fill_(schedule.noise_factor(state.step, state.n_steps))
             state.batch = x
             state.objective = step_function(state.model, x, kl_weight)
             state.objective.loss.backward()

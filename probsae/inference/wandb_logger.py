@@ -74,7 +74,7 @@ class WandbLogger(Callback):
         self.run.log(values, step=state.step)
 
     def on_end(self, state: FitState) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 def _is_logged_in() -> bool:

@@ -153,6 +153,7 @@ class SparseDictionary(nn.Module, ABC):
     """Decay rates of Adam's moments in `fit`."""
 
     noise_floor: Tensor
+    noise_factor: Tensor
     is_initialized: Tensor
 
     def __init__(
@@ -182,6 +183,8 @@ class SparseDictionary(nn.Module, ABC):
             torch.tensor(float(noise_scale)).log(), requires_grad=learn_noise
         )
         self.register_buffer("noise_floor", torch.tensor(float(noise_floor)))
+        # What a fit multiplies the floor by while it lasts.
+        self.register_buffer("noise_factor", torch.ones(()), persistent=False)
         self.register_buffer("is_initialized", torch.tensor(False))
 
     # ------------------------------------------------------------------ hooks
@@ -235,7 +238,8 @@ class SparseDictionary(nn.Module, ABC):
     @property
     def noise_scale(self) -> Tensor:
         """Standard deviation of the noise in each dimension, at least `noise_floor`."""
-        return (self.noise_floor.square() + (2 * self.log_noise_scale).exp()).sqrt()
+        floor = self.noise_floor * self.noise_factor
+        return (floor.square() + (2 * self.log_noise_scale).exp()).sqrt()
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Multiply a @ b in `product_dtype` where one is set, and return a's own dtype."""
@@ -308,8 +312,8 @@ class SparseDictionary(nn.Module, ABC):
         """Set location and scales from data, once; called by `fit` with its first tokens.
 
         `b_dec` becomes the geometric median, the noise scale the data's deviation per dimension
-        (nothing is explained yet), and the noise floor, where none was given, a tenth of that:
-        1% of the variance.
+        (nothing is explained yet), and the noise floor, where none was given, a fifth of that:
+        4% of the variance.
         """
         if bool(self.is_initialized):
             return
@@ -320,7 +324,7 @@ class SparseDictionary(nn.Module, ABC):
         if self.learn_noise:
             self.log_noise_scale.copy_(deviation.log())
             if self.noise_floor == 0:
-                self.noise_floor.copy_(0.1 * deviation)
+                self.noise_floor.copy_(0.2 * deviation)
         self.initialize_codes_(x_centered)
         self.is_initialized.fill_(True)
 

@@ -64,7 +64,7 @@ class LaplaceDictionary(SparseDictionary):
             d_in, d_sae, noise_scale=noise_scale, noise_floor=noise_floor, learn_noise=learn_noise
         )
         self.nonnegative = nonnegative
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.log_prior_scale = nn.Parameter(torch.zeros(d_sae))
         self.log_threshold = nn.Parameter(torch.zeros(d_sae))
         self.log_sharpness = nn.Parameter(torch.zeros(d_sae))

@@ -57,7 +57,7 @@ class RectifiedGaussianDictionary(SparseDictionary):
             d_in, d_sae, noise_scale=noise_scale, noise_floor=noise_floor, learn_noise=learn_noise
         )
         self.code_prior = SpikeSlabPrior(d_sae, "truncated_normal", rate_prior)
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.log_code_scale = nn.Parameter(torch.zeros(d_sae))
 

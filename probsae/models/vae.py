@@ -85,7 +85,7 @@ class SparseVAE(SparseDictionary):
         self.log_prior_scale = nn.Parameter(torch.zeros(d_sae), requires_grad=prior == "laplace")
         for parameter in self.code_prior.parameters():
             parameter.requires_grad_(prior == "spike_slab")
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.encoder = _mlp(d_in, self.encoder_hidden, 2 * d_sae)
         self.decoder = _mlp(d_sae, decoder_hidden, d_in) if decoder_hidden else None
         self.register_buffer("data_scale", torch.ones(()))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("trace_all.py")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_every_dictionary_compiles_without_graph_breaks(backend):
-    run = subprocess.run([sys.executable, SCRIPT, backend], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.models.trace_all", backend]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("\n") >= 9

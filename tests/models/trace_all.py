@@ -6,9 +6,9 @@ A process of its own: the shape checks of the test run are no part of what is co
 import sys
 
 import torch
-from test_laws import VARIANTS, build, name
 
 from probsae.inference import objective
+from tests.models.test_laws import VARIANTS, build, name
 
 
 def trace(variant, backend: str) -> None:

@@ -45,7 +45,7 @@ class DeterministicSAE(SparseDictionary):
 
     def __init__(self, d_in: int, d_sae: int, *, reference_rate: float = 0.04):
         super().__init__(d_in, d_sae, noise_scale=math.sqrt(0.5), learn_noise=False)
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.register_buffer("code_size", torch.ones(()))
         rate = min(max(reference_rate, 1e-6), 1 - 1e-6)
@@ -71,12 +71,24 @@ class DeterministicSAE(SparseDictionary):
 
     def pre_activation(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
         """Return (x - b_dec) W_enc + b_enc."""
-        return self.product(x - self.b_dec, self.W_enc) + self.b_enc
+        constant = self.b_dec.detach()
+        # The last term is 0; it carries b_dec's gradient without a product by every token.
+        shift = (constant - self.b_dec) @ self.W_enc
+        return self.product(x - constant, self.W_enc) + (self.b_enc + shift)
 
     def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
         pre_activation = self.pre_activation(x)
         z = self.codes(pre_activation)
         return CodePosterior(Delta(z, validate_args=False), pre_activation=pre_activation)
+
+    def penalty(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
+        """Return the sparsity penalty of each token at full weight; 0 where k fixes it."""
+        return torch.zeros_like(posterior.mean[:, 0])
+
+    def loss(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, " token"]:
+        """Return squared error and sparsity penalty of each token."""
+        posterior = self.posterior(x)
+        return (x - self.decode(posterior.mean)).square().sum(-1) + self.penalty(posterior)
 
     def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
         self.code_size.fill_(typical_code_size(x_centered))

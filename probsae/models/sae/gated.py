@@ -62,4 +62,8 @@ class GatedSAE(DeterministicSAE):
         gate = torch.relu(posterior.pre_activation)
         x_hat = self.product(gate, self.directions.detach()) + self.b_dec.detach()
         error = (x - x_hat).square().sum(-1)
-        return error + kl_weight * self.l1_coefficient * gate.sum(-1)
+        return error + kl_weight * self.penalty(posterior)
+
+    def penalty(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
+        assert posterior.pre_activation is not None
+        return self.l1_coefficient * torch.relu(posterior.pre_activation).sum(-1)

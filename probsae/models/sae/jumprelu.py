@@ -90,11 +90,14 @@ class JumpReLUSAE(DeterministicSAE):
     def auxiliary_loss(
         self, x: Float[Tensor, "token d_in"], posterior: CodePosterior, kl_weight: float | Tensor
     ) -> Float[Tensor, " token"]:
+        return kl_weight * self.penalty(posterior)
+
+    def penalty(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
         h = posterior.pre_activation
         assert h is not None
         is_active = (h > self.threshold).to(h.dtype)
         count = is_active - self._kernel(h) * _gradient_of(self.threshold)
-        return kl_weight * self.l0_coefficient * count.sum(-1)
+        return self.l0_coefficient * count.sum(-1)
 
     def _kernel(self, h: Tensor) -> Tensor:
         """Return 1[|h - theta| < eps/2] / eps, without gradient."""

@@ -10,7 +10,7 @@ from pyro.distributions import Exponential  # pyright: ignore[reportAttributeAcc
 from torch import Tensor
 from torch.distributions import Distribution
 
-from probsae.models.base import as_event
+from probsae.models.base import CodePosterior, as_event
 from probsae.models.sae.base import DeterministicSAE
 
 
@@ -49,6 +49,9 @@ class ReLUSAE(DeterministicSAE):
 
     def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
         return torch.relu(pre_activation)
+
+    def penalty(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
+        return self.l1_coefficient * posterior.mean.sum(-1)
 
     def prior(self) -> Distribution:
         rate = torch.full_like(self.b_enc, self.l1_coefficient)

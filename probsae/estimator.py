@@ -1,0 +1,129 @@
+"""The scikit-learn face: any dictionary as a transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from probsae.inference.fit import fit
+from probsae.metrics.reconstruction import fvu
+from probsae.models.base import SparseDictionary
+from probsae.models.spike_slab import SpikeSlabDictionary
+
+
+class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Fit a dictionary to an array and transform activations into expected codes.
+
+    Parameters
+    ----------
+    dictionary : class, default SpikeSlabDictionary
+        Any dictionary that is built from `d_in` and `d_sae`.
+    n_components : int, default 64
+        Number of features.
+    n_steps, batch_size : int
+        Of the fit; batches are no larger than the data.
+    learning_rate : float, optional
+        The dictionary's default where None.
+    dictionary_options : dict, optional
+        Further arguments of the dictionary, for instance `{"k": 8}`.
+    random_state : int, default 0
+        Seed of the initial directions and of the batches' order.
+
+    Attributes
+    ----------
+    dictionary_ : SparseDictionary
+        The fitted model: its `encode` returns the whole posterior.
+    components_ : ndarray, shape (n_components, n_features_in_)
+        Unit directions.
+    n_features_in_ : int
+        Width of the activations.
+
+    Examples
+    --------
+    >>> X = np.random.default_rng(0).normal(size=(64, 8))
+    >>> est = DictionaryEstimator(SpikeSlabDictionary, n_components=16, n_steps=10).fit(X)
+    >>> est.transform(X).shape
+    (64, 16)
+    """
+
+    def __init__(
+        self,
+        dictionary=SpikeSlabDictionary,
+        n_components=64,
+        *,
+        n_steps=1_000,
+        batch_size=1_024,
+        learning_rate=None,
+        dictionary_options=None,
+        random_state=0,
+    ):
+        # Without type hints: scikit-learn's contract is that anything may be set, and `fit` checks.
+        self.dictionary = dictionary
+        self.n_components = n_components
+        self.n_steps = n_steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.dictionary_options = dictionary_options
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: object = None) -> DictionaryEstimator:
+        """Fit to `X`, shape (token, d_in); `y` is ignored.
+
+        Raises
+        ------
+        ValueError
+            If `X` has fewer than two tokens, or values that are not finite.
+        """
+        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        x = torch.from_numpy(np.array(X, dtype=np.float32))
+        with torch.random.fork_rng():
+            torch.manual_seed(self.random_state)
+            model = self.dictionary(
+                d_in=x.shape[1], d_sae=self.n_components, **(self.dictionary_options or {})
+            )
+        fit(
+            model,
+            x,
+            n_steps=self.n_steps,
+            batch_size=min(self.batch_size, len(x)),
+            learning_rate=self.learning_rate,
+            seed=self.random_state,
+        )
+        # In float64 a token's codes do not depend on which other tokens are in its batch.
+        self.dictionary_: SparseDictionary = model.cpu().double()
+        self.components_ = self.dictionary_.dictionary().float().numpy()
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Return the codes' posterior means, shape (token, n_components)."""
+        x, dtype = self._validated(X)
+        return self.dictionary_.encode(x).mean.numpy().astype(dtype)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the probability that each feature is active, shape (token, n_components)."""
+        x, dtype = self._validated(X)
+        return self.dictionary_.encode(x).p_active.numpy().astype(dtype)
+
+    def inverse_transform(self, Z: Any) -> np.ndarray:
+        """Return the activations, shape (token, n_features_in_), that codes stand for."""
+        check_is_fitted(self)
+        return self.dictionary_.decode(torch.as_tensor(Z, dtype=torch.float64)).detach().numpy()
+
+    def score(self, X: Any, y: object = None) -> float:
+        """Return 1 - fvu of the posterior mean's reconstruction; higher is better."""
+        x, _ = self._validated(X)
+        x_hat = self.dictionary_.decode(self.dictionary_.encode(x).mean).detach()
+        return 1 - fvu(x, x_hat)
+
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.components_)
+
+    def _validated(self, X: Any) -> tuple[torch.Tensor, np.dtype]:
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return torch.from_numpy(np.array(X, dtype=np.float64)), X.dtype

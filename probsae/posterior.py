@@ -1,0 +1,149 @@
+"""The posterior as an arviz object: the only module that imports arviz."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probsae.activations.source import check_activations
+from probsae.inference.elbo import elbo_terms
+from probsae.models.base import SparseDictionary
+
+# Without chain and draw. `activations` has no dimension axis in `log_likelihood`, where arviz takes
+# the first name only.
+_DIMS = {
+    "codes": ["token", "feature"],
+    "p_active": ["token", "feature"],
+    "firing_rate": ["feature"],
+    "noise_scale": [],
+    "activations": ["token", "dimension"],
+    "elbo": ["token"],
+}
+# 2 ** 27 doubles are 1 GiB.
+_MAX_VALUES = 2**27
+
+
+def to_arviz(
+    model: SparseDictionary,
+    x: Float[Tensor, "token d_in"] | np.ndarray,
+    *,
+    n_draws: int = 500,
+    n_chains: int = 2,
+    seed: int = 0,
+) -> Any:
+    """Draw from the posterior of some tokens' codes and lay it out for arviz.
+
+    Parameters
+    ----------
+    model : SparseDictionary
+        A fitted dictionary; a deterministic one's draws are all equal.
+    x : Tensor, shape (token, d_in)
+        A small set of tokens: every draw holds all their codes.
+    n_draws, n_chains : int
+        Draws in each chain. The draws are independent, so chains only serve diagnostics that
+        compare them.
+    seed : int
+        Of the draws.
+
+    Returns
+    -------
+    arviz.InferenceData, or xarray.DataTree with arviz 1.x
+        - `posterior`: `codes` (token, feature), `p_active` (token, feature), `firing_rate`
+          (feature), `noise_scale`; the last three are point estimates, equal in every draw.
+        - `posterior_predictive`: `activations` (token, dimension).
+        - `log_likelihood`: `activations` (token), log p(x | codes) of each draw, nats. Given
+          codes that were inferred from the same token it flatters: `az.loo` on it judges codes,
+          not dictionaries; its Pareto k says where even that fails.
+        - `sample_stats`: `elbo` (token), nats.
+        - `observed_data`: `activations`.
+
+    Raises
+    ------
+    ValueError
+        If `x` does not fit the model, or the draws would take more than a gigabyte.
+
+    Examples
+    --------
+    >>> import probsae as ps
+    >>> model = ps.SpikeSlabDictionary(d_in=8, d_sae=16)
+    >>> idata = ps.to_arviz(model, torch.randn(3, 8), n_draws=10)
+    >>> idata.posterior["codes"].dims
+    ('chain', 'draw', 'token', 'feature')
+    """
+    x = check_activations(x, model.d_in).to(model.b_dec)
+    n_total = n_draws * n_chains
+    if n_draws < 1 or n_chains < 1:
+        raise ValueError(f"n_draws and n_chains must be at least 1, got {n_draws} and {n_chains}")
+    n_values = n_total * len(x) * (2 * model.d_sae + model.d_in)
+    if n_values > _MAX_VALUES:
+        raise ValueError(
+            f"{n_total} draws of {len(x)} tokens' codes are {n_values:.2g} numbers, more than a "
+            "gigabyte; pass fewer tokens or draws"
+        )
+    posterior = model.encode(x)
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        codes = posterior.sample(n_total)
+        x_hat = model.decode(codes)
+        noise_scale = model.noise_scale
+        noise = noise_scale * torch.randn_like(x_hat)
+        log_likelihood = _log_normal(x, x_hat, noise_scale)
+        elbo = elbo_terms(model, x, posterior).elbo if model.has_linear_decoder else None
+    rate = getattr(model, "firing_rate", posterior.p_active.mean(0)).detach()
+
+    def shaped(value: Tensor) -> np.ndarray:
+        return value.detach().cpu().double().numpy().reshape(n_chains, n_draws, *value.shape[1:])
+
+    def repeated(value: Tensor) -> np.ndarray:
+        array = value.detach().cpu().double().numpy()
+        return np.broadcast_to(array, (n_chains, n_draws, *array.shape)).copy()
+
+    groups = {
+        "posterior": {
+            "codes": shaped(codes),
+            "p_active": repeated(posterior.p_active),
+            "firing_rate": repeated(rate),
+            "noise_scale": repeated(noise_scale),
+        },
+        "posterior_predictive": {"activations": shaped(x_hat + noise)},
+        "log_likelihood": {"activations": shaped(log_likelihood)},
+        "observed_data": {"activations": x.cpu().double().numpy()},
+    }
+    if elbo is not None:
+        groups["sample_stats"] = {"elbo": repeated(elbo)}
+    coords = {
+        "token": np.arange(len(x)),
+        "feature": np.arange(model.d_sae),
+        "dimension": np.arange(model.d_in),
+    }
+    return _assemble(groups, coords)
+
+
+def _log_normal(x: Tensor, x_hat: Tensor, scale: Tensor) -> Tensor:
+    """Log density of each token under independent noise in each dimension."""
+    d_in = x.shape[-1]
+    squared = (x - x_hat).square().sum(-1) / scale.square()
+    return -0.5 * (squared + d_in * math.log(2 * math.pi)) - d_in * scale.log()
+
+
+def _assemble(groups: dict[str, dict[str, np.ndarray]], coords: dict[str, np.ndarray]) -> Any:
+    """Call arviz' `from_dict`: groups are keywords before 1.0, one nested mapping from then on."""
+    az = _arviz()
+    if int(az.__version__.split(".")[0]) < 1:
+        return az.from_dict(**groups, coords=coords, dims=_DIMS)
+    return az.from_dict(groups, coords=coords, dims=_DIMS)
+
+
+def _arviz() -> ModuleType:
+    """Import arviz when it is needed (it takes seconds), without its notice of version 1.0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz

@@ -1,0 +1,105 @@
+"""The commands, run as a user runs them: what they write, and how they refuse."""
+
+import json
+
+import pytest
+import torch
+
+from probsae import Report
+from probsae.activations import ActivationStore, StoreWriter
+from probsae.cli import main
+
+
+def run(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def store(tmp_path):
+    writer = StoreWriter(tmp_path / "store", 8, dtype="float32", shard_tokens=512)
+    writer.append(torch.randn(2000, 8))
+    writer.finish()
+    return tmp_path / "store"
+
+
+def test_compare_writes_report_posterior_and_plots(tmp_path, capsys):
+    run(
+        "compare", "--out", tmp_path / "run", "--n-steps", 3, "--d-sae", 24, "--d-in", 12,
+        "--n-features", 40, "--n-active", 2, "--correlation", "copula",
+    )  # fmt: skip
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    plots = {"recovery.png", "reliability.png", "losses.png", "tsne.png"}
+    assert names == plots | {"report.md", "report.json", "posterior.nc"}
+    report = Report.from_json((tmp_path / "run" / "report.json").read_text())
+    methods = ["SpikeSlab", "Laplace", "ReLU", "TopK", "KMeans", "PCA", "ICA"]
+    assert [row.method for row in report.rows] == methods
+    assert all(0 < row.mmcs < 1 for row in report.rows)
+    assert "7 dictionaries on" in capsys.readouterr().out
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert all(name in text for name in plots)
+
+
+def test_fit_then_evaluate(tmp_path, store, capsys):
+    run("fit", store, "--out", tmp_path / "a", "--d-sae", 12, "--n-steps", 4, "--batch-size", 64)
+    run(
+        "fit", store, "--out", tmp_path / "b", "--model", "TopKSAE", "--options", '{"k": 2}',
+        "--d-sae", 12, "--n-steps", 4, "--batch-size", 64,
+    )  # fmt: skip
+    table = tmp_path / "table.json"
+    run("evaluate", tmp_path / "a", tmp_path / "b", "--store", store, "--out", table)
+    report = Report.from_json(table.read_text())
+    assert report.n_tokens == 200
+    assert report[str(tmp_path / "b")].l0 == pytest.approx(2)
+    assert json.loads((tmp_path / "a" / "history.json").read_text())["step"][-1] == 4
+
+
+def test_resume_goes_on_from_the_checkpoint(tmp_path, store):
+    options = ["--d-sae", 12, "--n-steps", 4, "--batch-size", 64, "--out", tmp_path / "a"]
+    run("fit", store, *options)
+    with pytest.raises(SystemExit):
+        run("fit", store, *options)
+    run("fit", store, *options, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "{nowhere}", "--out", "{out}"], "no activation store"),
+        (["fit", "{store}", "--out", "{out}", "--d-sae", "0"], "d_sae must be"),
+        (["fit", "{store}", "--out", "{out}", "--options", "k=3"], "--options must be JSON"),
+        (["fit", "{store}", "--out", "{out}", "--options", '{"q": 3}'], "'q'"),
+        (["evaluate", "{nowhere}", "--store", "{store}"], "nowhere"),
+        (["harvest", "{nowhere}", "--hook", "h", "--out", "{out}"], "--text or --dataset"),
+        (["compare", "--out", "{out}", "--n-steps", "0", "--d-sae", "4"], "n_steps must be"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_code_2(tmp_path, store, capsys, arguments, message):
+    places = {"nowhere": tmp_path / "nowhere", "store": store, "out": tmp_path / "out"}
+    filled = [
+        str(places.get(a.strip("{}"), a)) if a.startswith("{") and a.endswith("}") else a
+        for a in arguments
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run(*filled)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_corrupt_shard_stops_a_fit(tmp_path, store, capsys):
+    shard = store / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(SystemExit):
+        run("fit", store, "--out", tmp_path / "out")
+    assert "shard-00001" in capsys.readouterr().err
+
+
+def test_harvest_then_fit_smollm2(tmp_path, smollm2, corpus):
+    run(
+        "harvest", smollm2.name, "--hook", "model.layers.1", "--out", tmp_path / "store",
+        "--text", corpus[0], "--n-tokens", 600, "--context-length", 32,
+    )  # fmt: skip
+    assert len(ActivationStore(tmp_path / "store")) == 600
+    run("fit", tmp_path / "store", "--out", tmp_path / "r", "--d-sae", 32, "--n-steps", 2)

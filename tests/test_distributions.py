@@ -1,0 +1,144 @@
+"""Closed forms against scipy, quadrature and draws."""
+
+
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from probsae.distributions import RectifiedNormal, SpikeSlab, TiltedSpikeSlab, TruncatedNormal
+
+DOUBLE = {"dtype": torch.float64}
+LOCS = torch.tensor([-2.0, -0.3, 0.0, 0.7, 3.0], **DOUBLE)
+SCALES = torch.tensor([0.5, 1.3, 1.0, 0.2, 1.0], **DOUBLE)
+
+
+def scipy_law(i):
+    loc, scale = float(LOCS[i]), float(SCALES[i])
+    # A bound of 50 scales: with infinity scipy multiplies 0 by it.
+    return scipy.stats.truncnorm(-loc / scale, 50, loc, scale)
+
+
+@pytest.mark.parametrize("i", range(len(LOCS)))
+def test_truncated_normal_is_scipy_s(i):
+    law, expected = TruncatedNormal(LOCS[i], SCALES[i]), scipy_law(i)
+    assert float(law.mean) == pytest.approx(expected.mean(), rel=1e-9)
+    assert float(law.variance) == pytest.approx(expected.var(), rel=1e-6)
+    assert float(law.entropy()) == pytest.approx(expected.entropy(), rel=1e-6)
+    for v in (0.01, 0.4, 2.0):
+        value = torch.tensor(v, **DOUBLE)
+        assert float(law.log_prob(value)) == pytest.approx(expected.logpdf(v), rel=1e-9)
+        assert float(law.cdf(value)) == pytest.approx(expected.cdf(v), rel=1e-9)
+    for u in (0.01, 0.5, 0.99):
+        level = torch.tensor(u, **DOUBLE)
+        assert float(law.icdf(level)) == pytest.approx(expected.ppf(u), rel=1e-6)
+
+
+def integral(function, upper):
+    return scipy.integrate.quad(function, 0, upper, limit=200)[0]
+
+
+@pytest.mark.parametrize("i", range(len(LOCS)))
+def test_truncated_divergences_by_quadrature(i):
+    q, p = TruncatedNormal(LOCS[i], SCALES[i]), TruncatedNormal(LOCS[1], SCALES[1])
+    half = TruncatedNormal(torch.zeros((), **DOUBLE), SCALES[1])
+    law = scipy_law(i)
+    for other, density in [
+        (p, scipy_law(1).logpdf),
+        (half, scipy.stats.halfnorm(scale=float(SCALES[1])).logpdf),
+    ]:
+        upper = float(law.ppf(1 - 1e-13))
+        expected = integral(lambda v, d=density: law.pdf(v) * (law.logpdf(v) - d(v)), upper)
+        assert float(kl_divergence(q, other)) == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+def prior(slab, d=4):
+    logits = torch.linspace(-3, 0, d, **DOUBLE)
+    loc, scale = torch.linspace(0.2, 1, d, **DOUBLE), torch.linspace(0.3, 0.8, d, **DOUBLE)
+    return SpikeSlab(logits, slab(loc, scale))
+
+
+@pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
+def test_tilting_is_bayes_rule(slab):
+    """Density ratio posterior / prior is the likelihood, up to one constant a code."""
+    p = prior(slab)
+    evidence, precision = torch.randn(3, 4, **DOUBLE), torch.tensor([4.0, 1, 9, 25], **DOUBLE)
+    q = TiltedSpikeSlab(p, evidence, precision)
+    values = torch.tensor([0.0, 0.1, 0.9, 2.0], **DOUBLE)[:, None, None].expand(4, 3, 4)
+    likelihood = -0.5 * precision * (values - evidence).square()
+    constant = q.log_prob(values) - p.log_prob(values) - likelihood
+    torch.testing.assert_close(constant, constant[:1].expand_as(constant))
+
+
+@pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
+def test_tilted_divergence_is_the_general_one(slab):
+    """Value and gradient: by the evidence in full, by the prior with q held."""
+    logits = torch.linspace(-3, 0, 4, **DOUBLE).requires_grad_()
+    loc = torch.linspace(0.2, 1, 4, **DOUBLE).requires_grad_()
+    scale = torch.linspace(0.3, 0.8, 4, **DOUBLE).requires_grad_()
+    evidence = torch.randn(3, 4, **DOUBLE).requires_grad_()
+    precision = torch.tensor([4.0, 1, 9, 25], **DOUBLE).requires_grad_()
+    parameters = [logits, loc, scale, evidence, precision]
+    p = SpikeSlab(logits, slab(loc, scale))
+    q = TiltedSpikeSlab(p, evidence, precision)
+    closed = kl_divergence(q, p)
+    general = kl_divergence(SpikeSlab(q.logits, q.slab), p)
+    torch.testing.assert_close(closed, general)
+    weights = torch.rand(3, 4, **DOUBLE)
+    for a, b in zip(
+        torch.autograd.grad((closed * weights).sum(), parameters, retain_graph=True),
+        torch.autograd.grad((general * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_evidence_far_below_zero_leaves_a_proper_law():
+    p = prior(TruncatedNormal)
+    evidence = torch.tensor([-1e1, -1e3, -1e6], **DOUBLE)[:, None].expand(3, 4)
+    q = TiltedSpikeSlab(p, evidence, torch.full((4,), 400.0, **DOUBLE))
+    assert bool((kl_divergence(q, p) >= 0).all())
+    assert bool((q.p_active < p.p_active).all())
+
+
+def test_tilted_divergence_from_another_prior_is_the_general_one():
+    p, other = prior(Normal), SpikeSlab(torch.zeros(4, **DOUBLE), prior(Normal).slab)
+    q = TiltedSpikeSlab(p, torch.randn(3, 4, **DOUBLE), torch.ones(4, **DOUBLE))
+    expected = kl_divergence(SpikeSlab(q.logits, q.slab), other)
+    torch.testing.assert_close(kl_divergence(q, other), expected)
+
+
+@pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
+def test_spike_slab_moments_quantiles_and_draws_agree(slab):
+    law = prior(slab)
+    draws = law.sample((200_000,))
+    # 5 standard errors; 12 comparisons are all inside with probability 1 - 7e-6.
+    error = 5 * (law.variance / 200_000).sqrt()
+    assert bool(((draws.mean(0) - law.mean).abs() < error).all())
+    assert bool((((draws != 0).double().mean(0) - law.p_active).abs() < 0.006).all())
+    for u in (0.05, 0.5, 0.95):
+        level = torch.full((4,), u, **DOUBLE)
+        value = law.icdf(level)
+        share_below = (draws < value - 1e-9).double().mean(0)
+        share_up_to = (draws <= value + 1e-9).double().mean(0)
+        assert bool((share_below <= u + 0.006).all())
+        assert bool((share_up_to >= u - 0.006).all())
+
+
+def test_rectified_normal_is_the_law_of_its_draws():
+    law = RectifiedNormal(LOCS, SCALES)
+    draws = torch.relu(LOCS + SCALES * torch.randn(400_000, 5, **DOUBLE))
+    error = 5 * (draws.var(0) / 400_000).sqrt() + 1e-6
+    assert bool(((draws.mean(0) - law.mean).abs() < error).all())
+    assert bool((((draws > 0).double().mean(0) - law.p_active).abs() < 0.004).all())
+    assert bool(((law.rsample((400_000,)).mean(0) - law.mean).abs() < error).all())
+
+
+def test_implicit_gradient_of_truncated_draws():
+    """d E z / d loc from draws is d mean / d loc in closed form."""
+    loc, scale = torch.tensor(0.3, **DOUBLE, requires_grad=True), torch.tensor(0.7, **DOUBLE)
+    draws = TruncatedNormal(loc, scale).rsample((100_000,))
+    (sampled,) = torch.autograd.grad(draws.mean(), loc)
+    (exact,) = torch.autograd.grad(TruncatedNormal(loc, scale).mean, loc)
+    assert float(sampled) == pytest.approx(float(exact), abs=0.01)

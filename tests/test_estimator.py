@@ -1,0 +1,52 @@
+"""The scikit-learn face keeps scikit-learn's contract."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import probsae as ps
+
+
+@parametrize_with_checks(
+    [
+        ps.DictionaryEstimator(n_components=4, n_steps=3),
+        ps.DictionaryEstimator(ps.TopKSAE, n_components=4, n_steps=3, dictionary_options={"k": 1}),
+    ]
+)
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+def test_finds_known_features_and_gives_probabilities():
+    data = ps.SyntheticActivations(d_in=16, n_features=12, n_active=1, seed=0)
+    X = data.sample(4096)[0].numpy()
+    estimator = ps.DictionaryEstimator(ps.SpikeSlabDictionary, n_components=16, n_steps=400).fit(X)
+    assert ps.metrics.mmcs(torch.from_numpy(estimator.components_), data.features) > 0.95
+    p = estimator.predict_proba(X)
+    assert 0 <= p.min() <= p.max() <= 1
+    assert estimator.score(X) > 0.9
+    np.testing.assert_allclose(
+        estimator.inverse_transform(estimator.transform(X)),
+        estimator.dictionary_(torch.from_numpy(X).double()).detach().numpy(), rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_same_seed_same_model():
+    X = np.random.default_rng(0).normal(size=(50, 6))
+    fits = [ps.DictionaryEstimator(n_components=8, n_steps=5, random_state=3).fit(X) for _ in "ab"]
+    np.testing.assert_array_equal(fits[0].components_, fits[1].components_)
+
+
+def test_works_in_a_pipeline():
+    X = np.random.default_rng(0).normal(size=(50, 6))
+    pipeline = make_pipeline(StandardScaler(), ps.DictionaryEstimator(n_components=8, n_steps=5))
+    assert pipeline.fit_transform(X).shape == (50, 8)
+    assert pipeline[-1].get_feature_names_out()[0] == "dictionaryestimator0"
+
+
+def test_not_finite_is_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        ps.DictionaryEstimator().fit([[1.0, float("nan")], [0.0, 1.0]])

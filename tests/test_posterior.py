@@ -1,0 +1,122 @@
+"""What arviz gets: named, consistent with the posterior, written and read, and usable."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import probsae as ps
+from probsae.posterior import _arviz
+
+az = _arviz()
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    data = ps.SyntheticActivations(
+        d_in=12, n_features=8, n_active=1, magnitudes=(1.0, 0.3), noise_scale=0.1, seed=0
+    )
+    torch.manual_seed(0)
+    model = ps.SpikeSlabDictionary(d_in=12, d_sae=10)
+    ps.fit(model, data, n_steps=400, batch_size=256)
+    return model, data.sample(6)[0]
+
+
+@pytest.fixture(scope="module")
+def idata(fitted):
+    return ps.to_arviz(*fitted, n_draws=1000, n_chains=2)
+
+
+def test_groups_and_dims(idata):
+    assert idata.posterior.codes.dims == ("chain", "draw", "token", "feature")
+    assert idata.posterior.p_active.dims == ("chain", "draw", "token", "feature")
+    assert idata.posterior.firing_rate.dims == ("chain", "draw", "feature")
+    assert idata.posterior.noise_scale.dims == ("chain", "draw")
+    assert idata.posterior_predictive.activations.dims == ("chain", "draw", "token", "dimension")
+    assert idata.log_likelihood.activations.dims == ("chain", "draw", "token")
+    assert idata.sample_stats.elbo.dims == ("chain", "draw", "token")
+    assert idata.observed_data.activations.dims == ("token", "dimension")
+
+
+def test_draws_have_the_posterior_s_moments(fitted, idata):
+    model, x = fitted
+    posterior = model.encode(x)
+    draws = idata.posterior.codes.values.reshape(2000, 6, 10)
+    # 60 means at once; 5 standard errors are exceeded by chance with probability 4e-5.
+    error = np.abs(draws.mean(0) - posterior.mean.numpy())
+    assert (error <= 5 * np.sqrt(posterior.variance.numpy() / 2000) + 1e-6).all()
+    share = (draws != 0).mean(0)
+    p = posterior.p_active.numpy()
+    assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / 2000) + 1e-3).all()
+
+
+def test_log_likelihood_by_hand(fitted, idata):
+    model, x = fitted
+    codes = torch.tensor(idata.posterior.codes.values[1, 3], dtype=torch.float32)
+    scale = float(model.noise_scale.detach())
+    error = (x - model.decode(codes).detach()).square().sum(1) / scale**2
+    by_hand = -0.5 * error - 12 * math.log(scale * math.sqrt(2 * math.pi))
+    np.testing.assert_allclose(
+        idata.log_likelihood.activations.values[1, 3], by_hand.numpy(), rtol=1e-4
+    )
+
+
+def test_netcdf_round_trip(idata, tmp_path):
+    idata.to_netcdf(tmp_path / "posterior.nc")
+    again = az.from_netcdf(tmp_path / "posterior.nc")
+    np.testing.assert_array_equal(again.posterior.codes, idata.posterior.codes)
+    assert again.posterior.codes.dims == idata.posterior.codes.dims
+
+
+def test_arviz_reads_it(fitted, idata):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    summary = az.summary(idata, var_names=["codes"], coords={"token": [0]}, kind="stats")
+    posterior = fitted[0].encode(fitted[1])
+    np.testing.assert_allclose(summary["mean"], posterior.mean[0], atol=0.05)
+    axes = az.plot_forest(idata, var_names=["codes"], coords={"token": [0]})
+    assert len(axes.ravel()[0].get_yticklabels()) == 10
+    with warnings.catch_warnings():
+        # Codes drawn given a token, scored without it: high Pareto k is the expected verdict.
+        warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto")
+        loo = az.loo(idata, var_name="activations")
+    assert np.isfinite(loo.elpd_loo)
+
+
+def test_deterministic_dictionary_draws_are_equal():
+    model = ps.TopKSAE(d_in=6, d_sae=9, k=2)
+    idata = ps.to_arviz(model, torch.randn(3, 6), n_draws=4)
+    assert float(idata.posterior.codes.std("draw").max()) == 0
+
+
+def test_array_and_bad_input():
+    model = ps.SpikeSlabDictionary(d_in=6, d_sae=9)
+    ps.to_arviz(model, np.zeros((2, 6)), n_draws=4)
+    with pytest.raises(ValueError, match="d_in=6"):
+        ps.to_arviz(model, torch.zeros(2, 9))
+    with pytest.raises(ValueError, match="gigabyte"):
+        ps.to_arviz(model, torch.zeros(200_000, 6))
+    with pytest.raises(ValueError, match="n_draws"):
+        ps.to_arviz(model, torch.zeros(2, 6), n_draws=0)
+
+
+class FakeArviz1:
+    """Records what arviz 1.x's `from_dict` would be called with: it needs Python 3.12."""
+
+    __version__ = "1.0.0"
+
+    @staticmethod
+    def from_dict(data, *, coords, dims):
+        return data, coords, dims
+
+
+def test_arviz_1_gets_nested_groups(monkeypatch):
+    monkeypatch.setattr("probsae.posterior._arviz", lambda: FakeArviz1)
+    model = ps.SpikeSlabDictionary(d_in=6, d_sae=9)
+    groups, coords, dims = ps.to_arviz(model, torch.zeros(2, 6), n_draws=4)
+    assert groups["posterior"]["codes"].shape == (2, 4, 2, 9)
+    assert dims["codes"] == ["token", "feature"]
+    assert len(coords["feature"]) == 9
