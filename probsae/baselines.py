@@ -110,7 +110,8 @@ class KMeans(Baseline):
     """Directions are cluster centres; a token's one code is its projection on the nearest.
 
     Clusters of the raw activations, as in the study whose figures it is compared with: centring
-    would move the origin that features share. Mini-batch k-means (scikit-learn).
+    would move the origin that features share. Tokens that are exactly zero have no direction and
+    are left out. Mini-batch k-means (scikit-learn).
     """
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +121,7 @@ class KMeans(Baseline):
             batch_size=4096,
             n_init=3,  # pyright: ignore[reportArgumentType]
             max_iter=50,  # pyright: ignore
-        ).fit(x)
+        ).fit(x[x.any(axis=1)])
         self.centers = torch.as_tensor(model.cluster_centers_, dtype=torch.float32)
         return model.cluster_centers_, np.zeros(x.shape[1])  # pyright: ignore[reportReturnType]
 
@@ -139,7 +140,7 @@ class KMedoids(KMeans):
     default_n_tokens = 8_192
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        tokens = torch.as_tensor(x, dtype=torch.float32)
+        tokens = torch.as_tensor(x[x.any(axis=1)], dtype=torch.float32)
         distance = torch.cdist(tokens, tokens).numpy()
         result = kmedoids.fasterpam(distance, self.d_sae, random_state=self.seed, n_cpu=1)
         self.centers = tokens[torch.as_tensor(result.medoids.astype(np.int64))]

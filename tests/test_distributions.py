@@ -1,6 +1,5 @@
 """Closed forms against scipy, quadrature and draws."""
 
-
 import pytest
 import scipy.integrate
 import scipy.stats

@@ -238,8 +238,9 @@ class SparseDictionary(nn.Module, ABC):
     @property
     def noise_scale(self) -> Tensor:
         """Standard deviation of the noise in each dimension, at least `noise_floor`."""
-        floor = self.noise_floor * self.noise_factor
-        return (floor.square() + (2 * self.log_noise_scale).exp()).sqrt()
+        scale = self.log_noise_scale.exp()
+        # The gradient passes the floor: a scale that lies on it can rise again.
+        return scale + (self.noise_floor * self.noise_factor - scale).clamp(min=0).detach()
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Multiply a @ b in `product_dtype` where one is set, and return a's own dtype."""
@@ -304,8 +305,13 @@ class SparseDictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Store the rows of `W_dec` with norm 1; changes nothing that the model computes."""
+        """Store unit rows of `W_dec`, and the noise scale itself where its floor binds.
+
+        Changes nothing that the model computes.
+        """
         self.W_dec.copy_(self.directions)
+        if self.learn_noise:
+            self.log_noise_scale.copy_(self.noise_scale.log())
 
     @torch.no_grad()
     def initialize_(self, x: Float[Tensor, "token d_in"]) -> None:

@@ -1,0 +1,181 @@
+"""Spike-and-slab against tuned deterministic SAEs on the seed benchmark.
+
+    python -m experiments.seed_benchmark.run tune     # deterministic SAEs, on seed 100
+    python -m experiments.seed_benchmark.run compare  # every method, on seeds 0, 1, 2
+    python -m experiments.seed_benchmark.run table    # README's tables from the results
+
+Every fit is a process with one thread; finished ones are kept in results/ and not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import probsae as ps
+
+RESULTS = Path(__file__).parent / "results"
+D_SAE, BATCH_SIZE, N_STEPS, N_TUNING_STEPS = 768, 1_024, 1_500, 1_000
+SEEDS, TUNING_SEED = (0, 1, 2), 100
+CONDITIONS = tuple(product((0.0, 0.05), ("none", "copula")))
+SPIKE_SLAB = {"model": "SpikeSlabDictionary", "options": {"slab": "truncated_normal"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One fit and its evaluation on 32,768 fresh tokens."""
+
+    model: str
+    noise_scale: float
+    correlation: str
+    seed: int
+    options: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
+    learning_rate: float | None = None
+    n_steps: int = N_STEPS
+
+    @property
+    def name(self) -> str:
+        """File name of the result."""
+        options = "".join(f"-{key}={value}" for key, value in self.options.items())
+        rate = "" if self.learning_rate is None else f"-lr={self.learning_rate}"
+        data = f"noise={self.noise_scale}-{self.correlation}-seed={self.seed}"
+        return f"{self.model}{options}{rate}-{data}-steps={self.n_steps}.json"
+
+    def run(self) -> dict:
+        """Fit, evaluate and write the result."""
+        torch.set_num_threads(1)
+        torch.manual_seed(self.seed)
+        data = ps.SyntheticActivations(
+            noise_scale=self.noise_scale,
+            correlation=None if self.correlation == "none" else self.correlation,  # type: ignore[arg-type]
+            seed=self.seed,
+        )
+        model = getattr(ps, self.model)(d_in=256, d_sae=D_SAE, **self.options)
+        ps.fit(
+            model,
+            data,
+            n_steps=self.n_steps,
+            batch_size=BATCH_SIZE,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            compile=True,
+            progress=False,
+        )
+        row = dataclasses.asdict(ps.evaluate([model], data, seed=self.seed + 1).rows[0])
+        cosine = ps.metrics.max_cosines(model.dictionary(), data.features)
+        row["least_cosine"] = float(cosine.min())
+        row["rarest_quartile"] = float(cosine[-128:].mean())
+        result = {
+            "job": dataclasses.asdict(self),
+            "row": row,
+            "machine": f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}",
+            "commit": subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ).stdout.strip(),
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / self.name).write_text(json.dumps(result, indent=1))
+        return result
+
+
+def tuning_jobs() -> list[Job]:
+    """Grids of the deterministic SAEs; k may know the truth."""
+    grids = [
+        ("TopKSAE", [{"k": k} for k in (4, 5, 6)]),
+        ("BatchTopKSAE", [{"k": k} for k in (4, 5)]),
+        ("ReLUSAE", [{"l1_coefficient": c} for c in (0.03, 0.1, 0.2)]),
+    ]
+    return [
+        Job(model, noise, "none", TUNING_SEED, options, rate, N_TUNING_STEPS)
+        for noise in (0.0, 0.05)
+        for model, choices in grids
+        for options in choices
+        for rate in (1e-3, 3e-3)
+    ]
+
+
+def best_settings(noise_scale: float, measure: str) -> dict[str, tuple[dict, float]]:
+    """Each deterministic SAE's options and rate with the best `measure` on the tuning seed."""
+    best: dict[str, tuple[float, dict, float]] = {}
+    for job in tuning_jobs():
+        if job.noise_scale == noise_scale and (RESULTS / job.name).exists():
+            value = json.loads((RESULTS / job.name).read_text())["row"][measure]
+            if value > best.get(job.model, (-1.0,))[0]:
+                best[job.model] = (value, job.options, float(job.learning_rate or 0))
+    return {model: (options, rate) for model, (_, options, rate) in best.items()}
+
+
+def comparison_jobs() -> list[Job]:
+    """Spike-and-slab at its defaults, the others as tuned for F1, on every condition and seed."""
+    jobs = []
+    for (noise, correlation), seed in product(CONDITIONS, SEEDS):
+        jobs.append(Job(SPIKE_SLAB["model"], noise, correlation, seed, SPIKE_SLAB["options"]))
+        for model, (options, rate) in best_settings(noise, "best_f1").items():
+            jobs.append(Job(model, noise, correlation, seed, options, rate))
+    return jobs
+
+
+def run_all(jobs: list[Job], n_workers: int) -> None:
+    """Run what has no result yet, each job in a process of its own."""
+    missing = [job for job in jobs if not (RESULTS / job.name).exists()]
+
+    def launch(job: Job) -> None:
+        code = f"from experiments.seed_benchmark.run import Job; Job(**{dataclasses.asdict(job)!r}).run()"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    with ThreadPoolExecutor(n_workers) as pool:
+        list(tqdm(pool.map(launch, missing), total=len(missing), unit="fit"))
+
+
+def table() -> str:
+    """Mean and standard deviation over seeds of what the comparison is about, as Markdown."""
+    columns = ["mmcs", "least_cosine", "rarest_quartile", "f1", "best_f1", "fvu", "alive"]
+    columns += ["noise_scale", "band_ece", "coverage"]
+    lines = []
+    for noise, correlation in CONDITIONS:
+        lines += [f"\nNoise {noise}, correlation {correlation}:\n"]
+        lines += [f"| method | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+        groups: dict[str, list[dict]] = {}
+        for job in comparison_jobs():
+            is_here = (job.noise_scale, job.correlation) == (noise, correlation)
+            if is_here and (RESULTS / job.name).exists():
+                settings = ", ".join(f"{k} {v}" for k, v in job.options.items())
+                rate = "" if job.learning_rate is None else f", rate {job.learning_rate}"
+                row = json.loads((RESULTS / job.name).read_text())["row"]
+                groups.setdefault(f"{job.model} ({settings}{rate})", []).append(row)
+        for name, rows in groups.items():
+            cells = [_cell([row[column] for row in rows]) for column in columns]
+            lines.append(f"| {name}, {len(rows)} seeds | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float | None]) -> str:
+    known = [float(v) for v in values if v is not None]
+    if not known:
+        return "-"
+    spread = f" ± {stdev(known):.4f}" if len(known) > 1 else ""
+    return f"{mean(known):.4f}{spread}" if known[0] < 10 else f"{min(known):.0f}-{max(known):.0f}"
+
+
+def main(what: str, n_workers: int = 2) -> None:
+    """Run `tune`, `compare` or `table`."""
+    if what == "tune":
+        run_all(tuning_jobs(), n_workers)
+    elif what == "compare":
+        run_all(comparison_jobs(), n_workers)
+    print(table())
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))

@@ -1,0 +1,111 @@
+"""The comparison's numbers, where they are known, and its forms."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+import probsae as ps
+from probsae.models import PointPosterior
+
+
+class Oracle:
+    """Knows the features and reads the codes off: features are orthonormal here."""
+
+    def __init__(self, features, n_first=None):
+        self.features = features[:n_first]
+
+    def dictionary(self):
+        return self.features
+
+    def encode(self, x):
+        z = x @ self.features.T
+        return PointPosterior(torch.where(z > 1e-4, z, 0.0))
+
+    def decode(self, z):
+        return z @ self.features
+
+
+@pytest.fixture(scope="module")
+def data():
+    source = ps.SyntheticActivations(d_in=12, n_features=8, n_active=2, decay=1.0, seed=0)
+    source.features = torch.linalg.qr(source.features.T)[0].T.contiguous()
+    return source
+
+
+def test_an_oracle_is_perfect_and_half_of_one_half_so(data):
+    oracles = {"all": Oracle(data.features), "half": Oracle(data.features, 4)}
+    report = ps.evaluate(oracles, data, n_tokens=4000)
+    row = report["all"]
+    assert (row.mmcs, row.mcc, row.share_found, row.f1) == pytest.approx((1, 1, 1, 1), abs=1e-3)
+    assert row.fvu == pytest.approx(0, abs=1e-6)
+    assert row.l0 == pytest.approx(2, abs=0.1)
+    assert row.alive == 8
+    assert row.brier_ratio == pytest.approx(0, abs=1e-3)
+    assert row.elbo is None
+    half = report["half"]
+    assert half.mmcs == pytest.approx(0.5, abs=1e-3)
+    assert half.mmcs_precision == pytest.approx(1, abs=1e-3)
+    assert half.recall == pytest.approx(0.5, abs=0.03)
+    assert half.precision == pytest.approx(1, abs=1e-3)
+    # Half the codes' second moment over their variance: .5 (1/12) / (1/12 - 1/64).
+    assert half.fvu == pytest.approx(0.615, abs=0.03)
+
+
+def test_truth_as_tensors_gives_the_same(data):
+    x, z = data.sample(2000, seed=1)
+    oracle = {"all": Oracle(data.features)}
+    a = ps.evaluate(oracle, x, truth=(data.features, z))
+    b = ps.evaluate(oracle, data, n_tokens=2000, seed=1)
+    assert a.rows == b.rows
+
+
+def test_probabilistic_columns_and_held_out_elbo(data):
+    model = ps.SpikeSlabDictionary(d_in=12, d_sae=10)
+    ps.fit(model, data, n_steps=300, batch_size=128)
+    report = ps.evaluate([model, ps.ReLUSAE(d_in=12, d_sae=10)], data, n_tokens=1000)
+    row, point = report.rows
+    x, _ = data.sample(1000, seed=1)
+    elbo = float(ps.inference.elbo_terms(model, x).elbo.detach().mean())
+    assert row.elbo == pytest.approx(elbo, rel=1e-5)
+    assert row.noise_scale == pytest.approx(float(model.noise_scale.detach()))
+    assert 0 < row.interval_width < 1
+    assert 0 <= row.coverage <= 1
+    assert point.interval_width is None
+    assert point.band_ece is None
+
+
+def test_without_truth_recovery_is_left_out():
+    model = ps.SpikeSlabDictionary(d_in=12, d_sae=10)
+    report = ps.evaluate([model], torch.randn(100, 12))
+    assert report.rows[0].mmcs is None
+    assert "mmcs" not in report.to_markdown()
+    assert report.n_tokens == 100
+
+
+def test_forms(data):
+    report = ps.evaluate({"a": Oracle(data.features)}, data, n_tokens=500)
+    assert ps.Report.from_json(report.to_json()) == report
+    lines = report.to_markdown().splitlines()
+    assert lines[0].startswith("| method | d_sae | fvu |")
+    assert len(lines) == 3
+    assert len({line.count("|") for line in lines}) == 1
+    screen = io.StringIO()
+    Console(file=screen, width=250).print(report.rich_table())
+    assert "mmcs" in screen.getvalue()
+    with pytest.raises(KeyError, match="no method 'b'"):
+        report["b"]
+
+
+def test_equal_classes_get_different_names(data):
+    report = ps.evaluate([Oracle(data.features), Oracle(data.features)], data, n_tokens=100)
+    assert [row.method for row in report.rows] == ["Oracle", "Oracle 2"]
+
+
+def test_bad_input(data):
+    with pytest.raises(ValueError, match="at least one dictionary"):
+        ps.evaluate([], data)
+    x, z = data.sample(50)
+    with pytest.raises(ValueError, match="features, codes"):
+        ps.evaluate([Oracle(data.features)], x, truth=(data.features, z[:, :3]))
