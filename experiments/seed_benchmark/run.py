@@ -29,7 +29,6 @@ RESULTS = Path(__file__).parent / "results"
 D_SAE, BATCH_SIZE, N_STEPS, N_TUNING_STEPS = 768, 1_024, 1_500, 1_000
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 CONDITIONS = tuple(product((0.0, 0.05), ("none", "copula")))
-SPIKE_SLAB = {"model": "SpikeSlabDictionary", "options": {"slab": "truncated_normal"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Job:
         result = {
             "job": dataclasses.asdict(self),
             "row": row,
-            "machine": f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}",
+            "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
             "commit": subprocess.run(
                 ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
             ).stdout.strip(),
@@ -120,7 +119,7 @@ def comparison_jobs() -> list[Job]:
     """Spike-and-slab at its defaults, the others as tuned for F1, on every condition and seed."""
     jobs = []
     for (noise, correlation), seed in product(CONDITIONS, SEEDS):
-        jobs.append(Job(SPIKE_SLAB["model"], noise, correlation, seed, SPIKE_SLAB["options"]))
+        jobs.append(Job("SpikeSlabDictionary", noise, correlation, seed))
         for model, (options, rate) in best_settings(noise, "best_f1").items():
             jobs.append(Job(model, noise, correlation, seed, options, rate))
     return jobs
@@ -131,7 +130,8 @@ def run_all(jobs: list[Job], n_workers: int) -> None:
     missing = [job for job in jobs if not (RESULTS / job.name).exists()]
 
     def launch(job: Job) -> None:
-        code = f"from experiments.seed_benchmark.run import Job; Job(**{dataclasses.asdict(job)!r}).run()"
+        code = "from experiments.seed_benchmark.run import Job; "
+        code += f"Job(**{dataclasses.asdict(job)!r}).run()"
         subprocess.run([sys.executable, "-c", code], check=True)
 
     with ThreadPoolExecutor(n_workers) as pool:

@@ -38,7 +38,7 @@ class SpikeSlabDictionary(SparseDictionary):
     d_in, d_sae : int
         Width of the activations, number of features. Surplus features are switched off by their
         learned rates: rather too many than too few.
-    slab : {"normal", "half_normal", "truncated_normal"}, default "normal"
+    slab : {"truncated_normal", "normal", "half_normal"}, default "truncated_normal"
         Law of an active code; mean and scale are learned for each feature.
     encoder_steps : int, default 2
         Lateral steps; each costs one decoder and one encoder product.
@@ -75,7 +75,7 @@ class SpikeSlabDictionary(SparseDictionary):
         d_in: int,
         d_sae: int,
         *,
-        slab: Slab = "normal",
+        slab: Slab = "truncated_normal",
         encoder_steps: int = 2,
         rate_prior: Sequence[float] = (1.0, 1.0),
         noise_scale: float = 1.0,
