@@ -23,6 +23,8 @@ from probsae.synthetic import SyntheticActivations
 _MAX_CODES = 2**25
 # Cosine from which a true feature counts as found, and is scored for calibration.
 FOUND_COSINE = 0.9
+# What a terminal of 80 characters has room for.
+_HEADLINE = ("method", "fvu", "l0", "alive", "elbo", "mmcs", "f1", "best_f1", "band_ece")
 
 
 @runtime_checkable
@@ -109,8 +111,8 @@ class Report:
         return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
     def rich_table(self) -> Table:
-        """Return the table for a terminal, without empty columns."""
-        names, cells = self._cells()
+        """Return the columns that matter most, to fit a terminal."""
+        names, cells = self._cells(_HEADLINE)
         table = Table(title=f"{len(self.rows)} dictionaries on {self.n_tokens:,} held-out tokens")
         for name in names:
             table.add_column(
@@ -120,8 +122,8 @@ class Report:
             table.add_row(*row)
         return table
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        names = [f.name for f in fields(Row)]
+    def _cells(self, names: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+        names = [f.name for f in fields(Row)] if names is None else names
         used = [n for n in names if any(getattr(row, n) is not None for row in self.rows)]
         return used, [[_format(getattr(row, n)) for n in used] for row in self.rows]
 
