@@ -5,6 +5,7 @@ from probsae.inference.elbo import ElboTerms, ExactELBO, Objective, elbo_terms, 
 from probsae.inference.fit import FitResult, NonFiniteElboError, fit
 from probsae.inference.resample import ResampleDeadFeatures
 from probsae.inference.schedule import Schedule
+from probsae.inference.target_l0 import TargetL0
 from probsae.inference.wandb_logger import WandbLogger
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Objective",
     "ResampleDeadFeatures",
     "Schedule",
+    "TargetL0",
     "WandbLogger",
     "elbo_terms",
     "fit",

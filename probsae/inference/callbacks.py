@@ -30,6 +30,8 @@ class FitState:
     seed: int
     step: int = 0
     """Steps done so far."""
+    is_warm: bool = False
+    """Whether the KL weight has reached 1."""
     batch: Float[Tensor, "token d_in"] | None = None
     """The step's activations."""
     objective: Objective | None = None

@@ -193,6 +193,7 @@ def _run(
     with bar:
         for x in itertools.islice(stream, state.n_steps - state.step):
             kl_weight.fill_(schedule.kl_weight(state.step, state.n_steps))
+            state.is_warm = schedule.is_warm(state.step, state.n_steps)
             _set_rates(state, schedule, learning_rate)
             if state.model.learn_noise:
                 state.model.noise_factor.fill_(schedule.noise_factor(state.step, state.n_steps))

@@ -146,8 +146,9 @@ class SparseDictionary(nn.Module, ABC):
     frozen_in_warmup: tuple[str, ...] = ()
     """Parameters that `fit` leaves alone until the KL weight has reached 1."""
 
-    learning_rate_factors: ClassVar[dict[str, float]] = {}
-    """Learning rates of single parameters, as multiples of the fit's."""
+    learning_rate_factors: ClassVar[dict[str, float]] = {"log_noise_scale": 5.0}
+    """Learning rates of single parameters, as multiples of the fit's. Every dimension of every
+    token informs the noise scale: it can follow at once what the others leave unexplained."""
 
     adam_betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of Adam's moments in `fit`."""

@@ -68,7 +68,10 @@ class SpikeSlabDictionary(SparseDictionary):
     frozen_in_warmup = ("code_prior.rate_logit",)
     # From .04 to the rate of a surplus feature, 1e-5, is 8 nats: at the common rate a fit would
     # end before it is there.
-    learning_rate_factors: ClassVar[dict[str, float]] = {"code_prior.rate_logit": 5.0}
+    learning_rate_factors: ClassVar[dict[str, float]] = {
+        **SparseDictionary.learning_rate_factors,
+        "code_prior.rate_logit": 5.0,
+    }
 
     def __init__(
         self,

@@ -1,0 +1,161 @@
+"""What a step of `fit` costs, as ratios to a bare eager torch loop of a ReLU SAE.
+
+    python -m benchmarks.fit_overhead   # prints, and writes results/fit_overhead-<device>.json
+
+All methods run in turns in one process with the same threads; a figure is the median over rounds
+of the median step. The bare loop is what one writes by hand: Adam, unit decoder rows with the
+gradient's parallel part removed, nothing logged, nothing checked. The ceiling is the matrix product
+of the same shapes, measured on the spot.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import probsae as ps
+from probsae.inference import Callback, FitState
+
+BARS = {"ReLUSAE eager": 1.05, "ReLUSAE compiled": 0.8, "SpikeSlab compiled": 2.6}
+
+
+class Stopwatch(Callback):
+    """Records when each step ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step(self, state: FitState) -> None:
+        if state.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def median(self, n_warm: int) -> float:
+        """Median step in seconds, without the first ones."""
+        steps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        return statistics.median(steps[n_warm:])
+
+
+class BareLoop(nn.Module):
+    """A ReLU SAE and its loop, by hand."""
+
+    def __init__(self, d_in: int, d_sae: int):
+        super().__init__()
+        self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(d_sae, d_in), dim=1))
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
+        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_in))
+
+    def run(self, x: Tensor, batch_size: int, n_steps: int, stopwatch: Stopwatch) -> None:
+        """Train for `n_steps`."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
+        for _ in range(n_steps):
+            batch = x[torch.randint(len(x), (batch_size,), device=x.device)]
+            z = torch.relu((batch - self.b_dec) @ self.W_enc + self.b_enc)
+            x_hat = z @ self.W_dec + self.b_dec
+            loss = (batch - x_hat).square().sum(1).mean() + 0.1 * z.sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                gradient = self.W_dec.grad
+                assert gradient is not None
+                gradient -= (gradient * self.W_dec).sum(1, keepdim=True) * self.W_dec
+            optimizer.step()
+            with torch.no_grad():
+                self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+            stopwatch.times.append(time.perf_counter())
+
+
+def methods(
+    x: Tensor, d_sae: int, batch_size: int, n_steps: int
+) -> dict[str, Callable[[Stopwatch], None]]:
+    """Return what is compared; each runs `n_steps` and records them."""
+    d_in = x.shape[1]
+
+    def through_fit(model: ps.SparseDictionary, is_compiled: bool) -> Callable[[Stopwatch], None]:
+        def run(stopwatch: Stopwatch) -> None:
+            ps.fit(
+                model, x, n_steps=n_steps, batch_size=batch_size, compile=is_compiled,
+                callbacks=[stopwatch], progress=False, device=x.device,
+            )  # fmt: skip
+
+        return run
+
+    bare = BareLoop(d_in, d_sae).to(x.device)
+    return {
+        "bare": lambda stopwatch: bare.run(x, batch_size, n_steps, stopwatch),
+        "ReLUSAE eager": through_fit(ps.ReLUSAE(d_in, d_sae), False),
+        "ReLUSAE compiled": through_fit(ps.ReLUSAE(d_in, d_sae), True),
+        "SpikeSlab compiled": through_fit(ps.SpikeSlabDictionary(d_in, d_sae), True),
+        "SpikeSlab normal slab compiled": through_fit(
+            ps.SpikeSlabDictionary(d_in, d_sae, slab="normal"), True
+        ),
+    }
+
+
+def product_seconds(batch_size: int, d_in: int, d_sae: int, device: torch.device) -> float:
+    """Seconds of one encoder product."""
+    a = torch.randn(batch_size, d_in, device=device)
+    b = torch.randn(d_in, d_sae, device=device)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        _ = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main(
+    d_in: int = 256,
+    d_sae: int = 1_024,
+    batch_size: int = 4_096,
+    threads: int = 1,
+    n_rounds: int = 3,
+    n_steps: int = 16,
+) -> None:
+    """Measure, print and write."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, _ = ps.SyntheticActivations(d_in=d_in, device=device).sample(4 * batch_size)
+    runs = methods(x, d_sae, batch_size, n_steps)
+    medians: dict[str, list[float]] = {name: [] for name in runs}
+    products: list[float] = []
+    for _ in range(n_rounds):
+        products.append(product_seconds(batch_size, d_in, d_sae, device))
+        for name, run in runs.items():
+            stopwatch = Stopwatch()
+            run(stopwatch)
+            medians[name].append(stopwatch.median(n_warm=4))
+    seconds = {name: statistics.median(values) for name, values in medians.items()}
+    product = statistics.median(products)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    result = {
+        "device": name,
+        "threads": threads,
+        "shapes": {"d_in": d_in, "d_sae": d_sae, "batch_size": batch_size},
+        "ratio": {key: value / seconds["bare"] for key, value in seconds.items()},
+        "products_a_step": {key: value / product for key, value in seconds.items()},
+        # A ReLU SAE needs five products: two forward, three backward.
+        "bare_share_of_ceiling": 5 * product / seconds["bare"],
+        "torch": torch.__version__,
+    }
+    for key, ratio in result["ratio"].items():
+        bar = f", bar {BARS[key]}" if key in BARS else ""
+        print(f"{key:32s} {ratio:5.2f} x bare{bar}")
+    print(f"bare loop at {result['bare_share_of_ceiling']:.0%} of the matrix-product ceiling")
+    path = Path(__file__).parent / "results" / f"fit_overhead-{name.replace(' ', '-')}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,172 @@
+"""Dictionaries of SmolLM2-135M's activations, compared on held-out text and inside the model.
+
+    python -m experiments.smollm2.run --text book.txt manual.txt --out runs/smollm2
+
+Harvests one layer's residual stream and its MLP's hidden layer, fits every method on both, and
+measures fvu, l0, alive features, held-out ELBO, and the language model's cross-entropy with each
+reconstruction spliced in. At equal expected l0 the spike-and-slab dictionary is compared with TopK
+and BatchTopK, each at two learning rates. Each row is kept as it is finished: a run that was
+killed goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import probsae as ps
+from experiments.smollm2.model import smollm2_path
+from probsae.activations import ActivationStore
+from probsae.activations.harvest import harvest
+from probsae.activations.language_model import LanguageModel, load_language_model
+from probsae.evaluate import Dictionary
+from probsae.inference import TargetL0
+from probsae.lm import splice
+
+HELD_OUT = 0.1
+COLUMNS = ("name", "fvu", "fvu_hard", "l0", "alive", "elbo", "loss_recovered", "kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One dictionary to fit."""
+
+    name: str
+    family: str
+    options: dict[str, float | int | bool] = dataclasses.field(default_factory=dict)
+    target_l0: float | None = None
+    learning_rate: float | None = None
+
+
+def plans(frontier: tuple[int, ...], noise_scale: float, l1: float) -> Iterator[Plan]:
+    """Yield the methods at one operating point, then the frontier at equal l0."""
+    yield Plan("SpikeSlab", "SpikeSlabDictionary")
+    yield Plan("Laplace", "LaplaceDictionary", {"nonnegative": True})
+    yield Plan("ReLU", "ReLUSAE", {"l1_coefficient": l1})
+    yield Plan("PCA", "PCA")
+    yield Plan("KMeans", "KMeans")
+    for l0 in frontier:
+        fixed = {"learn_noise": False, "noise_scale": noise_scale}
+        yield Plan(f"SpikeSlab l0={l0}", "SpikeSlabDictionary", fixed, target_l0=l0)
+        for family in ("TopK", "BatchTopK"):
+            for rate in (1e-3, 3e-3):
+                name = f"{family} k={l0} rate={rate}"
+                yield Plan(name, f"{family}SAE", {"k": l0}, learning_rate=rate)
+
+
+def fit_plan(plan: Plan, data: ActivationStore, d_sae: int, n_steps: int, seed: int) -> Dictionary:
+    """Fit what `plan` describes."""
+    if hasattr(ps.baselines, plan.family):
+        return getattr(ps.baselines, plan.family)(d_sae, seed=seed).fit(data)
+    torch.manual_seed(seed)
+    model = getattr(ps, plan.family)(d_in=data.d_in, d_sae=d_sae, **plan.options)
+    callbacks = [] if plan.target_l0 is None else [TargetL0(plan.target_l0)]
+    ps.fit(
+        model, data, n_steps=n_steps, learning_rate=plan.learning_rate, seed=seed,
+        callbacks=callbacks,
+    )  # fmt: skip
+    return model
+
+
+def measure(
+    dictionary: Dictionary,
+    held_out: ActivationStore,
+    language_model: LanguageModel,
+    token_ids: Tensor,
+) -> dict[str, float | int | None]:
+    """Evaluate on held-out activations, and inside the language model."""
+    row = dataclasses.asdict(ps.evaluate([dictionary], held_out).rows[0])
+    spliced = splice(
+        language_model,
+        held_out.index["hook"],
+        lambda x: dictionary.decode(dictionary.encode(x).mean),
+        token_ids,
+        progress=False,
+    )
+    row["loss_recovered"], row["kl"] = spliced.loss_recovered, spliced.kl
+    row["cross_entropy"], row["cross_entropy_spliced"] = (
+        spliced.cross_entropy,
+        spliced.cross_entropy_spliced,
+    )
+    rates = torch.zeros(row["d_sae"], dtype=torch.float64)
+    n_seen = 0
+    for x in held_out.sequential(4_096):
+        rates += dictionary.encode(x).p_active.double().sum(0)
+        n_seen += len(x)
+    counts, edges = ps.metrics.density_histogram((rates / n_seen).float(), n_bins=12)
+    row["density_histogram"] = {"counts": counts.tolist(), "log10_rate": edges.tolist()}
+    return row
+
+
+def held_out_contexts(store: ActivationStore, length: int, n_contexts: int) -> Tensor:
+    """Rebuild the last contexts' token ids; the first position, left out, gets the padding id 0.
+
+    The text's own first tokens are not in the store; splicing keeps the first position as it is, so
+    that its identity matters only as context.
+    """
+    ids = store.labels("tokens").long()
+    n = len(ids) // (length - 1)
+    contexts = ids[: n * (length - 1)].view(n, length - 1)[-n_contexts:]
+    return torch.cat([torch.zeros(len(contexts), 1, dtype=torch.long), contexts], dim=1)
+
+
+def table(rows: dict[str, dict], title: str) -> Table:
+    """Lay out the rows for a terminal."""
+    out = Table(*COLUMNS, title=title)
+    for name, row in rows.items():
+        values = [row.get(column) for column in COLUMNS[1:]]
+        cells = [
+            f"{v:.4g}" if isinstance(v, float) else str(v if v is not None else "-") for v in values
+        ]
+        out.add_row(name, *cells)
+    return out
+
+
+def main(
+    text: tuple[Path, ...],
+    out: Path = Path("runs/smollm2"),
+    model: str | None = None,
+    layer: int = 7,
+    n_tokens: int = 220_000,
+    d_sae: int = 1_536,
+    n_steps: int = 1_500,
+    frontier: tuple[int, ...] = (8, 16, 32, 64),
+    n_contexts: int = 64,
+    context_length: int = 128,
+    seed: int = 0,
+) -> None:
+    """Harvest, fit, measure, print; everything finished is kept under `out`."""
+    language_model = load_language_model(model or smollm2_path())
+    hooks = [f"model.layers.{layer}", f"model.layers.{layer}.mlp.down_proj:input"]
+    for hook in hooks:
+        folder = out / "stores" / hook.replace(":", ".")
+        if not (folder / "index.json").exists():
+            harvest(
+                language_model, text, hooks, out / "stores", n_tokens=n_tokens,
+                context_length=context_length,
+            )  # fmt: skip
+        store = ActivationStore(folder)
+        train, held_out = store.split(HELD_OUT)
+        token_ids = held_out_contexts(held_out, context_length, n_contexts)
+        # A lone code is pulled down by half the coefficient: a tenth of a typical code's size.
+        scale = store.index["scale"]["scale"]
+        results_file = out / f"{folder.name}.json"
+        rows = json.loads(results_file.read_text()) if results_file.exists() else {}
+        for plan in plans(frontier, noise_scale=0.5 * scale, l1=2 * scale):
+            if plan.name not in rows:
+                dictionary = fit_plan(plan, train, d_sae, n_steps, seed)
+                rows[plan.name] = measure(dictionary, held_out, language_model, token_ids)
+                results_file.write_text(json.dumps(rows, indent=1))
+        Console().print(table(rows, f"{hook}: {len(train):,} tokens, {len(held_out):,} held out"))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,46 @@
+"""The sparsity knob reaches what it is set to."""
+
+import pytest
+import torch
+
+import probsae as ps
+from probsae.inference import TargetL0
+
+
+@pytest.mark.parametrize("target", [2.0, 6.0])
+def test_reaches_the_target_on_activations_without_a_true_one(target):
+    # Dense Gaussian activations of decaying variance: any l0 is as true as another.
+    torch.manual_seed(0)
+    x = torch.randn(8_000, 16) * torch.linspace(2, 0.2, 16)
+    model = ps.SpikeSlabDictionary(d_in=16, d_sae=24, learn_noise=False, noise_scale=0.7)
+    ps.fit(model, x[:6_000], n_steps=400, batch_size=256, callbacks=[TargetL0(target)])
+    row = ps.evaluate([model], x[6_000:]).rows[0]
+    assert row.l0 == pytest.approx(target, rel=0.1)
+
+
+def test_a_larger_target_reconstructs_better():
+    torch.manual_seed(0)
+    x = torch.randn(6_000, 16) * torch.linspace(2, 0.2, 16)
+    rows = []
+    for target in (2.0, 6.0):
+        torch.manual_seed(0)
+        model = ps.SpikeSlabDictionary(d_in=16, d_sae=24, learn_noise=False, noise_scale=0.7)
+        ps.fit(model, x, n_steps=300, batch_size=256, callbacks=[TargetL0(target)])
+        rows.append(ps.evaluate([model], x).rows[0])
+    assert rows[1].fvu < rows[0].fvu
+    assert rows[1].noise_scale < rows[0].noise_scale
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "message"),
+    [
+        (ps.SpikeSlabDictionary(4, 8), 2.0, "learn_noise=False"),
+        (ps.ReLUSAE(4, 8), 2.0, "learn_noise=False"),
+        (ps.SpikeSlabDictionary(4, 8, learn_noise=False), 8.0, "below d_sae"),
+    ],
+)
+def test_what_cannot_be_steered_is_refused(model, target, message):
+    with pytest.raises(ValueError, match=message):
+        ps.fit(model, torch.randn(50, 4), n_steps=2, callbacks=[TargetL0(target)])
+    with pytest.raises(ValueError, match="positive"):
+        TargetL0(0.0)
