@@ -91,7 +91,7 @@ class Job:
 def tuning_jobs() -> list[Job]:
     """Grids of the deterministic SAEs; k may know the truth."""
     grids = [
-        ("TopKSAE", [{"k": k} for k in (4, 5, 6)]),
+        ("TopKSAE", [{"k": k} for k in (4, 5)]),
         ("BatchTopKSAE", [{"k": k} for k in (4, 5)]),
         ("ReLUSAE", [{"l1_coefficient": c} for c in (0.03, 0.1, 0.2)]),
     ]

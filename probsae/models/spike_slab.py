@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from probsae.distributions import SpikeSlab, TiltedSpikeSlab
+from probsae.distributions import SpikeSlab, TiltedSpikeSlab, expand_rows
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
 from probsae.models.code_priors import Slab, SpikeSlabPrior, typical_code_size
 
@@ -119,7 +119,8 @@ class SpikeSlabDictionary(SparseDictionary):
             mean = self._tilted(prior, evidence, step).mean
             residual = centered - self.product(mean, directions)
             update = self.product(residual, self.W_enc) + mean - evidence
-            evidence = evidence + torch.sigmoid(self.damping_logit[step]) * update
+            damping = expand_rows(torch.sigmoid(self.damping_logit[step]), evidence)
+            evidence = evidence + damping * update
         return CodePosterior(self._tilted(prior, evidence, self.encoder_steps))
 
     def _tilted(
