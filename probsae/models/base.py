@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from probsae.activations.resources import check_memory
 from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab
 
@@ -175,6 +176,8 @@ class SparseDictionary(nn.Module, ABC):
                 f"noise_scale must be positive and noise_floor at least 0, "
                 f"got {noise_scale} and {noise_floor}"
             )
+        # Encoder and decoder, float32; a fit takes four times as much.
+        check_memory(8 * int(d_in) * int(d_sae), f"{d_sae} features in {d_in} dimensions")
         self.d_in, self.d_sae, self.learn_noise = int(d_in), int(d_sae), learn_noise
         self.n_tokens: int | None = None
         self.product_dtype: torch.dtype | None = None

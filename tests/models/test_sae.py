@@ -140,6 +140,11 @@ def test_matryoshka_adds_the_error_of_every_prefix():
     torch.testing.assert_close(model.auxiliary_loss(X, posterior, 1.0), errors[0] + errors[1])
 
 
+def test_too_little_memory_is_said_before_it_is_taken():
+    with pytest.raises(MemoryError, match=r"1000000000 features in 4096 dimensions need about"):
+        ps.TopKSAE(4096, 10**9)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
