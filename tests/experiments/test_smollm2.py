@@ -31,4 +31,4 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys
     before = [file.stat().st_mtime_ns for file in results]
     main(**options)  # everything is there: nothing is fitted again
     assert [file.stat().st_mtime_ns for file in results] == before
-    assert "loss_recovered" in capsys.readouterr().out
+    assert "300 held out" in capsys.readouterr().out
