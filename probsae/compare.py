@@ -29,23 +29,14 @@ def _topk(name: str) -> Build:
     )
 
 
-def _l1(name: str) -> Build:
-    """L1 penalty that did best on other seeds of the same data (experiments/seed_benchmark)."""
-    return lambda data, width: getattr(models, name)(
-        d_in=data.d_in, d_sae=width, l1_coefficient=L1_COEFFICIENT
-    )
-
-
 def _baseline(name: str, n_tokens: int | None = None) -> Build:
     return lambda data, width: getattr(baselines, name)(width, n_tokens=n_tokens)
 
 
-L1_COEFFICIENT = 0.1
-
 STORY: dict[str, Build] = {
     "SpikeSlab": _model("SpikeSlabDictionary"),
     "Laplace": _model("LaplaceDictionary"),
-    "ReLU": _l1("ReLUSAE"),
+    "ReLU": _model("ReLUSAE"),
     "TopK": _topk("TopKSAE"),
     "KMeans": _baseline("KMeans", 50_000),
     "PCA": _baseline("PCA"),
@@ -60,7 +51,7 @@ ALL: dict[str, Build] = {
     "BatchTopK": _topk("BatchTopKSAE"),
     "Matryoshka": _topk("MatryoshkaSAE"),
     "JumpReLU": _model("JumpReLUSAE"),
-    "Gated": _l1("GatedSAE"),
+    "Gated": _model("GatedSAE"),
     "KMedoids": _baseline("KMedoids"),
     "NMF": _baseline("NMF"),
     "DictionaryLearning": _baseline("MiniBatchDictionaryLearning"),

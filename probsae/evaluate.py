@@ -226,7 +226,7 @@ class _Scores:
         self.p: list[Tensor] = []
         self.size: list[Tensor] = []
         self.true: list[Tensor] = []
-        self.covered, self.n_positive = 0, 0
+        self.covered, self.n_positive, self.n_missing = 0, 0, 0
         if features is not None:
             self.match = recovery.match_features(learned, features)
             self.found = self.match.cosine > FOUND_COSINE
@@ -268,7 +268,7 @@ class _Scores:
         self.covered += int((inside & where).sum())
         self.n_positive += int(where.sum())
         # True features that no learned one is left for (fewer learned than true).
-        self.n_missing = getattr(self, "n_missing", 0) + int((z != 0).sum()) - int(is_true.sum())
+        self.n_missing += int((z != 0).sum()) - int(is_true.sum())
 
     def unsupervised(self, x: Tensor, is_probabilistic: bool) -> dict[str, Any]:
         total = float((x - x.mean(0)).square().double().sum())

@@ -29,15 +29,10 @@ def _own_random_state():
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct, a real language model."""
-    pytest.importorskip("transformers")
     from experiments.smollm2.model import smollm2_path
     from probsae.activations.language_model import load_language_model
 
-    try:
-        path = smollm2_path()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    return load_language_model(path)
+    return load_language_model(smollm2_path())
 
 
 @pytest.fixture(scope="session")

@@ -208,7 +208,7 @@ def _run(
             bar.update()
             is_last = state.step == state.n_steps
             if state.device.type == "cpu" or state.step % _CHECK_EVERY == 0 or is_last:
-                guard.check(step_function, kl_weight)
+                guard.check()
             if state.step % log_every == 0 or is_last:
                 _log(state, kl_weight, bar)
             for callback in callbacks:
@@ -250,7 +250,7 @@ class _FiniteGuard:
         self.first_bad_step += (self.flag == 0) * is_bad * (self.state.step + 1)
         torch.maximum(self.flag, is_bad.to(self.flag.dtype), out=self.flag)
 
-    def check(self, step_function: Callable[..., Objective], kl_weight: Tensor) -> None:
+    def check(self) -> None:
         """Look at the flag; stop the fit if it is up."""
         if not bool(self.flag):
             if self.state.step % _CHECK_EVERY == 0:

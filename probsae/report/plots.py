@@ -35,9 +35,11 @@ def recovery_by_rate(
     order = firing_probability.argsort(descending=True)
     bins = order.split(_FEATURES_IN_BIN)
     rates = [float(firing_probability[index].mean()) for index in bins]
-    for name, learned in dictionaries.items():
+    for i, (name, learned) in enumerate(dictionaries.items()):
         cosine = recovery.max_cosines(learned, features)
-        axes.plot(rates, [float(cosine[index].mean()) for index in bins], marker="o", label=name)
+        means = [float(cosine[index].mean()) for index in bins]
+        # The first method's line is broad: it shows where another one covers it.
+        axes.plot(rates, means, marker="o", linewidth=1.5 if i else 6, label=name)
     d_sae = max(len(learned) for learned in dictionaries.values())
     chance = recovery.chance_level(d_sae, len(features), features.shape[1])["mmcs"]
     axes.axhline(chance, color="grey", linestyle="--", label="chance")

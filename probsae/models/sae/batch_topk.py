@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probsae.models.sae.base import check_k
 from probsae.models.sae.topk import TopKSAE
 
 # Weight of a new batch in the running threshold: a memory of about 100 steps.
@@ -61,7 +60,6 @@ class BatchTopKSAE(TopKSAE):
             k_auxiliary=k_auxiliary,
             dead_after_tokens=dead_after_tokens,
         )
-        check_k(self.k, self.d_sae)
         self.register_buffer("threshold", torch.full((), -1.0))
 
     def hyperparameters(self) -> dict[str, Any]:
