@@ -24,7 +24,7 @@ _MAX_CODES = 2**25
 # Cosine from which a true feature counts as found, and is scored for calibration.
 FOUND_COSINE = 0.9
 # What a terminal of 80 characters has room for.
-_HEADLINE = ("method", "fvu", "l0", "alive", "elbo", "mmcs", "f1", "best_f1", "band_ece")
+_HEADLINE = ("method", "fvu", "l0", "alive", "mmcs", "f1", "best_f1", "band_ece")
 
 
 @runtime_checkable
@@ -116,7 +116,9 @@ class Report:
         table = Table(title=f"{len(self.rows)} dictionaries on {self.n_tokens:,} held-out tokens")
         for name in names:
             table.add_column(
-                name.replace("_", " "), justify="left" if name == "method" else "right"
+                name.replace("_", " "),
+                justify="left" if name == "method" else "right",
+                min_width=max(len(row.method) for row in self.rows) if name == "method" else None,
             )
         for row in cells:
             table.add_row(*row)
