@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from probsae.distributions import RectifiedNormal, SpikeSlab, TiltedSpikeSlab, TruncatedNormal
+from probsae.distributions.tilted import rough_tilted_mean
 
 DOUBLE = {"dtype": torch.float64}
 LOCS = torch.tensor([-2.0, -0.3, 0.0, 0.7, 3.0], **DOUBLE)
@@ -91,6 +92,39 @@ def test_tilted_divergence_is_the_general_one(slab):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
+def test_tilted_moments_have_their_exact_gradients(slab):
+    """Against autograd through the slab's and the gate's own formulas."""
+    p = prior(slab)
+    evidence = torch.randn(3, 4, **DOUBLE).requires_grad_()
+    precision = torch.tensor([4.0, 1, 9, 25], **DOUBLE).requires_grad_()
+    q = TiltedSpikeSlab(p, evidence, precision)
+    plain = SpikeSlab(q.logits, q.slab)
+    for name in ("p_active", "mean", "variance"):
+        value, expected = getattr(q, name), getattr(plain, name)
+        torch.testing.assert_close(value, expected, msg=name)
+        weights = torch.rand(3, 4, **DOUBLE)
+        for a, b in zip(
+            torch.autograd.grad((value * weights).sum(), [evidence, precision], retain_graph=True),
+            torch.autograd.grad((expected * weights).sum(), [evidence, precision]),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, msg=name)
+        q = TiltedSpikeSlab(p, evidence, precision)
+        plain = SpikeSlab(q.logits, q.slab)
+
+
+def test_the_rough_mean_is_exact_on_the_line_and_far_from_zero():
+    evidence, precision = torch.linspace(-3, 3, 4, **DOUBLE).expand(1, 4), torch.ones(4, **DOUBLE)
+    q = TiltedSpikeSlab(prior(Normal), evidence, precision)
+    torch.testing.assert_close(rough_tilted_mean(prior(Normal), evidence, precision), q.mean)
+    p, precision = prior(TruncatedNormal), torch.full((4,), 400.0, **DOUBLE)
+    clearly_active = torch.full((1, 4), 1.5, **DOUBLE)
+    q = TiltedSpikeSlab(p, clearly_active, precision)
+    torch.testing.assert_close(rough_tilted_mean(p, clearly_active, precision), q.mean)
+    assert bool((rough_tilted_mean(p, -clearly_active, precision) == 0).all())
 
 
 def test_evidence_far_below_zero_leaves_a_proper_law():

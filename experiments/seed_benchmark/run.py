@@ -26,7 +26,7 @@ from tqdm import tqdm
 import probsae as ps
 
 RESULTS = Path(__file__).parent / "results"
-D_SAE, BATCH_SIZE, N_STEPS, N_TUNING_STEPS = 768, 1_024, 1_500, 1_000
+D_SAE, BATCH_SIZE, N_STEPS, N_TUNING_STEPS = 768, 1_024, 2_000, 1_000
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 CONDITIONS = tuple(product((0.0, 0.05), ("none", "copula")))
 
@@ -91,8 +91,8 @@ class Job:
 def tuning_jobs() -> list[Job]:
     """Grids of the deterministic SAEs; k may know the truth."""
     grids = [
-        ("TopKSAE", [{"k": k} for k in (4, 5)]),
-        ("BatchTopKSAE", [{"k": k} for k in (4, 5)]),
+        ("TopKSAE", [{"k": k} for k in (4, 5, 6)]),
+        ("BatchTopKSAE", [{"k": k} for k in (4, 5, 6)]),
         ("ReLUSAE", [{"l1_coefficient": c} for c in (0.03, 0.1, 0.2)]),
     ]
     return [
@@ -100,7 +100,7 @@ def tuning_jobs() -> list[Job]:
         for noise in (0.0, 0.05)
         for model, choices in grids
         for options in choices
-        for rate in (1e-3, 3e-3)
+        for rate in (1e-3, 3e-3, 1e-2)
     ]
 
 

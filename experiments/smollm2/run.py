@@ -1,11 +1,12 @@
 """Dictionaries of SmolLM2-135M's activations, compared on held-out text and inside the model.
 
     python -m experiments.smollm2.run --text book.txt manual.txt --out runs/smollm2
+    python -m experiments.smollm2.run --text book.txt manual.txt --site mlp
 
-Harvests one layer's residual stream and its MLP's hidden layer, fits every method on both, and
-measures fvu, l0, alive features, held-out ELBO, and the language model's cross-entropy with each
+Harvests one layer's residual stream and its MLP's hidden layer, fits every method on one of them,
+and measures fvu, l0, alive features, held-out ELBO, and the language model's cross-entropy with the
 reconstruction spliced in. At equal expected l0 the spike-and-slab dictionary is compared with TopK
-and BatchTopK, each at two learning rates. Each row is kept as it is finished: a run that was
+and BatchTopK, each at several learning rates. Each row is kept as it is finished: a run that was
 killed goes on.
 """
 
@@ -15,6 +16,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -44,10 +46,16 @@ class Plan:
     options: dict[str, float | int | bool] = dataclasses.field(default_factory=dict)
     target_l0: float | None = None
     learning_rate: float | None = None
+    is_spliced: bool = True
 
 
-def plans(frontier: tuple[int, ...], noise_scale: float, l1: float) -> Iterator[Plan]:
-    """Yield the methods at one operating point, then the frontier at equal l0."""
+def plans(
+    frontier: tuple[int, ...], rates: tuple[float, ...], noise_scale: float, l1: float
+) -> Iterator[Plan]:
+    """Yield the methods at one operating point, then the frontier at equal l0.
+
+    Of the frontier only what stands at l0 = 32 is spliced into the language model.
+    """
     yield Plan("SpikeSlab", "SpikeSlabDictionary")
     yield Plan("Laplace", "LaplaceDictionary", {"nonnegative": True})
     yield Plan("ReLU", "ReLUSAE", {"l1_coefficient": l1})
@@ -55,14 +63,19 @@ def plans(frontier: tuple[int, ...], noise_scale: float, l1: float) -> Iterator[
     yield Plan("KMeans", "KMeans")
     for l0 in frontier:
         fixed = {"learn_noise": False, "noise_scale": noise_scale}
-        yield Plan(f"SpikeSlab l0={l0}", "SpikeSlabDictionary", fixed, target_l0=l0)
+        is_spliced = l0 == 32
+        yield Plan(
+            f"SpikeSlab l0={l0}", "SpikeSlabDictionary", fixed, l0, is_spliced=is_spliced
+        )  # fmt: skip
         for family in ("TopK", "BatchTopK"):
-            for rate in (1e-3, 3e-3):
+            for rate in rates:
                 name = f"{family} k={l0} rate={rate}"
-                yield Plan(name, f"{family}SAE", {"k": l0}, learning_rate=rate)
+                yield Plan(name, f"{family}SAE", {"k": l0}, None, rate, is_spliced)
 
 
-def fit_plan(plan: Plan, data: ActivationStore, d_sae: int, n_steps: int, seed: int) -> Dictionary:
+def fit_plan(
+    plan: Plan, data: ActivationStore, d_sae: int, n_steps: int, batch_size: int, seed: int
+) -> Dictionary:
     """Fit what `plan` describes."""
     if hasattr(ps.baselines, plan.family):
         return getattr(ps.baselines, plan.family)(d_sae, seed=seed).fit(data)
@@ -70,8 +83,8 @@ def fit_plan(plan: Plan, data: ActivationStore, d_sae: int, n_steps: int, seed: 
     model = getattr(ps, plan.family)(d_in=data.d_in, d_sae=d_sae, **plan.options)
     callbacks = [] if plan.target_l0 is None else [TargetL0(plan.target_l0)]
     ps.fit(
-        model, data, n_steps=n_steps, learning_rate=plan.learning_rate, seed=seed,
-        callbacks=callbacks,
+        model, data, n_steps=n_steps, batch_size=batch_size, learning_rate=plan.learning_rate,
+        seed=seed, callbacks=callbacks,
     )  # fmt: skip
     return model
 
@@ -80,22 +93,21 @@ def measure(
     dictionary: Dictionary,
     held_out: ActivationStore,
     language_model: LanguageModel,
-    token_ids: Tensor,
+    token_ids: Tensor | None,
 ) -> dict[str, float | int | None]:
-    """Evaluate on held-out activations, and inside the language model."""
+    """Evaluate on held-out activations and, given tokens, inside the language model."""
     row = dataclasses.asdict(ps.evaluate([dictionary], held_out).rows[0])
-    spliced = splice(
-        language_model,
-        held_out.index["hook"],
-        lambda x: dictionary.decode(dictionary.encode(x).mean),
-        token_ids,
-        progress=False,
-    )
-    row["loss_recovered"], row["kl"] = spliced.loss_recovered, spliced.kl
-    row["cross_entropy"], row["cross_entropy_spliced"] = (
-        spliced.cross_entropy,
-        spliced.cross_entropy_spliced,
-    )
+    if token_ids is not None:
+        spliced = splice(
+            language_model,
+            held_out.index["hook"],
+            lambda x: dictionary.decode(dictionary.encode(x).mean),
+            token_ids,
+            progress=False,
+        )
+        row["loss_recovered"], row["kl"] = spliced.loss_recovered, spliced.kl
+        row["cross_entropy"] = spliced.cross_entropy
+        row["cross_entropy_spliced"] = spliced.cross_entropy_spliced
     rates = torch.zeros(row["d_sae"], dtype=torch.float64)
     n_seen = 0
     for x in held_out.sequential(4_096):
@@ -133,39 +145,46 @@ def table(rows: dict[str, dict], title: str) -> Table:
 def main(
     text: tuple[Path, ...],
     out: Path = Path("runs/smollm2"),
+    site: Literal["residual", "mlp"] = "residual",
     model: str | None = None,
     layer: int = 7,
     n_tokens: int = 220_000,
     d_sae: int = 1_536,
     n_steps: int = 1_500,
+    batch_size: int = 512,
     frontier: tuple[int, ...] = (8, 16, 32, 64),
-    n_contexts: int = 64,
+    rates: tuple[float, ...] = (1e-3, 3e-3),
+    n_contexts: int = 32,
     context_length: int = 128,
     seed: int = 0,
 ) -> None:
     """Harvest, fit, measure, print; everything finished is kept under `out`."""
     language_model = load_language_model(model or smollm2_path())
-    hooks = [f"model.layers.{layer}", f"model.layers.{layer}.mlp.down_proj:input"]
-    for hook in hooks:
-        folder = out / "stores" / hook.replace(":", ".")
-        if not (folder / "index.json").exists():
-            harvest(
-                language_model, text, hooks, out / "stores", n_tokens=n_tokens,
-                context_length=context_length,
-            )  # fmt: skip
-        store = ActivationStore(folder)
-        train, held_out = store.split(HELD_OUT)
-        token_ids = held_out_contexts(held_out, context_length, n_contexts)
-        # A lone code is pulled down by half the coefficient: a tenth of a typical code's size.
-        scale = store.index["scale"]["scale"]
-        results_file = out / f"{folder.name}.json"
-        rows = json.loads(results_file.read_text()) if results_file.exists() else {}
-        for plan in plans(frontier, noise_scale=0.5 * scale, l1=2 * scale):
-            if plan.name not in rows:
-                dictionary = fit_plan(plan, train, d_sae, n_steps, seed)
-                rows[plan.name] = measure(dictionary, held_out, language_model, token_ids)
-                results_file.write_text(json.dumps(rows, indent=1))
-        Console().print(table(rows, f"{hook}: {len(train):,} tokens, {len(held_out):,} held out"))
+    hooks = {
+        "residual": f"model.layers.{layer}",
+        "mlp": f"model.layers.{layer}.mlp.down_proj:input",
+    }
+    folder = out / "stores" / hooks[site].replace(":", ".")
+    if not (folder / "index.json").exists():
+        harvest(
+            language_model, text, list(hooks.values()), out / "stores", n_tokens=n_tokens,
+            context_length=context_length,
+        )  # fmt: skip
+    store = ActivationStore(folder)
+    train, held_out = store.split(HELD_OUT)
+    token_ids = held_out_contexts(held_out, context_length, n_contexts)
+    scale = store.index["scale"]["scale"]
+    results_file = out / f"{folder.name}.json"
+    rows = json.loads(results_file.read_text()) if results_file.exists() else {}
+    # A lone code is pulled down by half the coefficient: a tenth of a typical code's size.
+    for plan in plans(frontier, rates, noise_scale=0.5 * scale, l1=2 * scale):
+        if plan.name not in rows:
+            dictionary = fit_plan(plan, train, d_sae, n_steps, batch_size, seed)
+            tokens = token_ids if plan.is_spliced else None
+            rows[plan.name] = measure(dictionary, held_out, language_model, tokens)
+            results_file.write_text(json.dumps(rows, indent=1))
+    title = f"{hooks[site]}: {len(train):,} tokens, {len(held_out):,} held out"
+    Console().print(table(rows, title))
 
 
 if __name__ == "__main__":

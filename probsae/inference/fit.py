@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, batches, check_activations
 from probsae.inference.callbacks import Callback, FitState, load_checkpoint
-from probsae.inference.elbo import Objective, objective
-from probsae.inference.pyro_objective import pyro_objective
 from probsae.inference.schedule import Schedule
+from probsae.inference.step import Precision, Step, products_in, training_step
 from probsae.models.base import SparseDictionary
 
 # Tokens that set location and scales before the first step: the deviation of a mean over them
@@ -28,10 +24,6 @@ from probsae.models.base import SparseDictionary
 _N_INITIAL_TOKENS = 4096
 # Steps between two looks at the device: rarer than this and a failed run wastes minutes.
 _CHECK_EVERY = 50
-# Products x tokens from which compiling (20-40 s on two cores) is repaid on a CPU.
-_COMPILE_FROM = 4e11
-
-Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -151,16 +143,16 @@ def fit(
     model.n_tokens = n_tokens or _size_of(data) or n_steps * batch_size
     optimizer = _adam(model, unit=_typical_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
-    step_function = _step_function(model, elbo, compile, n_steps * batch_size)
+    step = training_step(model, elbo, compile, batch_size, n_steps)
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), _products_in(model, precision):
+    with torch.random.fork_rng(devices=cuda), products_in(model, precision):
         torch.manual_seed(seed)
         if resume is not None:
             load_checkpoint(resume, state)
             stream = itertools.islice(stream, state.step, None)
         model.train()
         try:
-            _run(state, stream, step_function, schedule, learning_rate, list(callbacks), progress)
+            _run(state, stream, step, schedule, learning_rate, list(callbacks), progress)
         finally:
             model.noise_factor.fill_(1.0)
             model.eval()
@@ -170,7 +162,7 @@ def fit(
 def _run(
     state: FitState,
     stream: Iterator[Tensor],
-    step_function: Callable[..., Objective],
+    step: Step,
     schedule: Schedule,
     learning_rate: float,
     callbacks: list[Callback],
@@ -198,8 +190,7 @@ def _run(
             if state.model.learn_noise:
                 state.model.noise_factor.fill_(schedule.noise_factor(state.step, state.n_steps))
             state.batch = x
-            state.objective = step_function(state.model, x, kl_weight)
-            state.objective.loss.backward()
+            state.objective = step(state.model, x, kl_weight)
             guard.watch()
             state.optimizer.step()
             state.optimizer.zero_grad()
@@ -246,7 +237,7 @@ class _FiniteGuard:
         assert objective is not None
         gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        is_bad = ~(torch.isfinite(norm) & torch.isfinite(objective.loss.detach()))
+        is_bad = ~(torch.isfinite(norm) & torch.isfinite(objective.loss))
         self.first_bad_step += (self.flag == 0) * is_bad * (self.state.step + 1)
         torch.maximum(self.flag, is_bad.to(self.flag.dtype), out=self.flag)
 
@@ -336,59 +327,12 @@ def _set_rates(state: FitState, schedule: Schedule, learning_rate: float) -> Non
         group["lr"] = rate * group["factor"] if is_warm or not group["waits"] else 0.0
 
 
-def _step_function(
-    model: SparseDictionary, elbo: ELBO | None, compile: bool | None, n_tokens: int
-) -> Callable[..., Objective]:
-    """Choose between the closed form, compiled or not, and a Pyro ELBO."""
-    if elbo is None and not model.has_linear_decoder:
-        elbo = TraceMeanField_ELBO()
-    if elbo is not None:
-        return pyro_objective(elbo)
-    if compile is None:
-        is_long = n_tokens * model.d_in * model.d_sae > _COMPILE_FROM
-        on_gpu = model.b_dec.is_cuda and n_tokens > 500_000
-        compile = on_gpu or (is_long and bool(shutil.which("g++") or shutil.which("clang++")))
-    return compiled_objective() if compile else objective
-
-
-def compiled_objective() -> Callable[..., Objective]:
-    """Compile `objective` afresh.
-
-    Dynamo allows one code object eight specialisations, and the ninth model fitted in a process
-    would be refused: each fit compiles a copy of its own.
-    """
-    copy = types.FunctionType(objective.__code__.replace(), objective.__globals__)
-    copy.__defaults__ = objective.__defaults__
-    return torch.compile(copy, fullgraph=True)
-
-
-class _products_in:
-    """Run the model's matrix products in a lower precision inside a with-block."""
-
-    def __init__(self, model: SparseDictionary, precision: Precision):
-        if precision not in ("float32", "tf32", "bfloat16"):
-            raise ValueError(
-                f"precision must be 'float32', 'tf32' or 'bfloat16', got {precision!r}"
-            )
-        self.model, self.precision = model, precision
-        self.before = torch.get_float32_matmul_precision()
-
-    def __enter__(self) -> None:
-        if self.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
-        self.model.product_dtype = torch.bfloat16 if self.precision == "bfloat16" else None
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
-        self.model.product_dtype = None
-
-
 def _log(state: FitState, kl_weight: Tensor, bar: tqdm) -> None:
     objective = state.objective
     assert objective is not None
     row = {
         "step": state.step,
-        "loss": float(objective.loss.detach()),
+        "loss": float(objective.loss),
         "elbo": float(objective.elbo),
         "fvu": float(objective.fvu),
         "l0": float(objective.l0),

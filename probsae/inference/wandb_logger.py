@@ -69,7 +69,7 @@ class WandbLogger(Callback):
         objective = state.objective
         assert objective is not None
         values = {name: float(getattr(objective, name)) for name in ("elbo", "kl", "fvu", "l0")}
-        values["loss"] = float(objective.loss.detach())
+        values["loss"] = float(objective.loss)
         values["noise_scale"] = float(state.model.noise_scale.detach())
         self.run.log(values, step=state.step)
 

@@ -151,6 +151,10 @@ class SparseDictionary(nn.Module, ABC):
     """Learning rates of single parameters, as multiples of the fit's. Every dimension of every
     token informs the noise scale: it can follow at once what the others leave unexplained."""
 
+    couples_tokens: bool = False
+    """Whether a token's loss depends on its batch, or training counts its calls: such a model is
+    given whole batches."""
+
     adam_betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of Adam's moments in `fit`."""
 

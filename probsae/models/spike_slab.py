@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from probsae.distributions import SpikeSlab, TiltedSpikeSlab, expand_rows
+from probsae.distributions import TiltedSpikeSlab
+from probsae.distributions.tilted import expand_row, rough_tilted_mean
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
 from probsae.models.code_priors import Slab, SpikeSlabPrior, typical_code_size
 
@@ -25,8 +26,8 @@ class SpikeSlabDictionary(SparseDictionary):
         r_i <- r_i + d_i (w_i . (x - b - m W) + m_i - r_i),
 
     with a learned damping d_i in (0, 1). From the evidence, the closed form of one feature's
-    optimal posterior under noise of scale e_i (learned for each step: what the features left
-    out look like) gives gate and slab:
+    optimal posterior under noise of scale e_i (learned, one for the steps and one for the result:
+    what the features left out look like) gives gate and slab:
 
         s^2 = 1 / (1/e^2 + 1/t^2),   mu = s^2 (r/e^2 + m_0/t^2),
         logit gamma = logit rate + log(s/t) + mu^2/(2 s^2) - m_0^2/(2 t^2),
@@ -93,7 +94,8 @@ class SpikeSlabDictionary(SparseDictionary):
         self.encoder_steps = encoder_steps
         self.code_prior = SpikeSlabPrior(d_sae, slab, rate_prior)
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
-        self.log_step_noise = nn.Parameter(torch.zeros(encoder_steps + 1, d_sae))
+        # Of the evidence in the lateral steps, and of the last one.
+        self.log_step_noise = nn.Parameter(torch.zeros(1 + (encoder_steps > 0), d_sae))
         self.damping_logit = nn.Parameter(torch.zeros(encoder_steps, d_sae))
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -116,18 +118,15 @@ class SpikeSlabDictionary(SparseDictionary):
         prior = self.code_prior()
         evidence = self.product(centered, self.W_enc)
         for step in range(self.encoder_steps):
-            mean = self._tilted(prior, evidence, step).mean
+            mean = rough_tilted_mean(prior, evidence, (-2 * self.log_step_noise[0]).exp())
+            if step < self.encoder_steps - 1:
+                mean = mean.detach()  # the last step's gradient does for all, see docs/decisions
             residual = centered - self.product(mean, directions)
             update = self.product(residual, self.W_enc) + mean - evidence
-            damping = expand_rows(torch.sigmoid(self.damping_logit[step]), evidence)
+            damping = expand_row(torch.sigmoid(self.damping_logit[step]), evidence)
             evidence = evidence + damping * update
-        return CodePosterior(self._tilted(prior, evidence, self.encoder_steps))
-
-    def _tilted(
-        self, prior: SpikeSlab, evidence: Float[Tensor, "token d_sae"], step: int
-    ) -> TiltedSpikeSlab:
-        """Return the optimal posterior of each code, given its evidence and that step's noise."""
-        return TiltedSpikeSlab(prior, evidence, (-2 * self.log_step_noise[step]).exp())
+        precision = (-2 * self.log_step_noise[-1]).exp()
+        return CodePosterior(TiltedSpikeSlab(prior, evidence, precision))
 
     def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
         size = typical_code_size(x_centered)

@@ -21,6 +21,7 @@ from probsae.inference import (
     NonFiniteElboError,
     Schedule,
     WandbLogger,
+    step,
 )
 
 OPTIONS = {"n_steps": 30, "batch_size": 32, "device": "cpu", "progress": False}
@@ -257,3 +258,24 @@ def test_a_checkpoint_of_other_settings_is_refused(source, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         ps.fit(small_model(), source, resume=tmp_path / "nothing", **OPTIONS)
     assert not list(Path(tmp_path).glob(".*")), "a half-written checkpoint was left behind"
+
+
+def test_pieces_of_a_batch_give_its_gradient(source, monkeypatch):
+    """On a CPU a large step is taken in pieces that fit its cache; the fit is the same."""
+    x, _ = source.sample(4096)
+    for cls in (ps.SpikeSlabDictionary, ps.ReLUSAE):
+        fits = []
+        for piece in (2**20, 1024 * 12):
+            monkeypatch.setattr("probsae.inference.step._PIECE", piece)
+            assert step.piece_tokens(small_model(cls), 4096) == min(4096, piece // 12)
+            model = small_model(cls).double()
+            ps.fit(model, x, **{**OPTIONS, "batch_size": 4096, "n_steps": 5})
+            fits.append(model.state_dict())
+        for name, value in fits[0].items():
+            torch.testing.assert_close(fits[1][name], value, msg=name)
+
+
+def test_a_model_that_couples_tokens_is_given_whole_batches():
+    assert step.piece_tokens(ps.BatchTopKSAE(d_in=8, d_sae=2**13, k=2), 4096) == 4096
+    assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 4096) == 256
+    assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 1000) == 250

@@ -42,6 +42,8 @@ class TopKSAE(DeterministicSAE):
     3
     """
 
+    couples_tokens = True
+
     tokens_since_fired: Tensor
 
     def __init__(

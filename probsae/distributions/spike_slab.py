@@ -1,0 +1,138 @@
+"""Laws with an atom at zero: the spike-and-slab, and the rectified normal."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints, kl_divergence, register_kl
+from torch.distributions.utils import broadcast_all
+
+from probsae.distributions.truncated_normal import LOWEST_RATIO, TruncatedNormal, log_ndtr
+
+
+class SpikeSlab(TorchDistribution):
+    r"""gamma slab + (1 - gamma) delta_0: exactly zero with probability 1 - gamma.
+
+    Parameters
+    ----------
+    logits : Tensor
+        log(gamma / (1 - gamma)), broadcastable with the slab's batch shape.
+    slab : Distribution
+        Law of a code given that it is active: `Normal` or `TruncatedNormal`.
+
+    Notes
+    -----
+    `sample` is exact. There is no `rsample`: the gate is discrete; the exact ELBO needs no draw,
+    and `RectifiedNormal` is the member of the family whose draws carry pathwise gradients.
+    """
+
+    arg_constraints = {"logits": constraints.real}  # noqa: RUF012  # pyright: ignore
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, slab, validate_args=None):
+        self.slab = slab
+        self.logits = logits
+        shape = torch.broadcast_shapes(logits.shape, slab.batch_shape)
+        super().__init__(shape, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        return SpikeSlab(
+            self.logits.expand(batch_shape), self.slab.expand(batch_shape), validate_args=False
+        )
+
+    @property
+    def support(self):
+        return self.slab.support
+
+    def detach(self) -> SpikeSlab:
+        """Return the same law without gradient."""
+        slab = type(self.slab)(
+            self.slab.loc.detach(), self.slab.scale.detach(), validate_args=False
+        )
+        return SpikeSlab(self.logits.detach(), slab, validate_args=False)
+
+    @property
+    def p_active(self) -> Tensor:
+        """gamma, the probability that the code is not zero."""
+        return torch.sigmoid(self.logits)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.p_active * self.slab.mean
+
+    @property
+    def variance(self) -> Tensor:
+        # gamma M2 - (gamma M1)^2, written as two non-negative terms: no cancellation.
+        gamma = self.p_active
+        return gamma * (self.slab.variance + (1 - gamma) * self.slab.mean.square())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        is_zero = value == 0
+        inside = self.slab.log_prob(torch.where(is_zero, self.slab.mean.detach(), value))
+        return torch.where(is_zero, F.logsigmoid(-self.logits), F.logsigmoid(self.logits) + inside)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        gamma = self.p_active
+        return gamma * self.slab.cdf(value) + (1 - gamma) * (value >= 0)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        gamma = self.p_active
+        below = gamma * self.slab.cdf(torch.zeros_like(gamma))
+        atom = 1 - gamma
+        is_below, is_above = value < below, value > below + atom
+        level = torch.where(is_below, value, value - atom) / gamma.clamp(min=1e-30)
+        # Inside the atom the level is not used; .5 keeps the slab's quantile finite there.
+        level = torch.where(is_below | is_above, level, 0.5).clamp(1e-7, 1 - 1e-7)
+        return torch.where(is_below | is_above, self.slab.icdf(level), 0.0)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            is_active = torch.rand(shape, device=self.logits.device) < self.p_active
+            slab = self.slab.expand(self.batch_shape).sample(sample_shape)
+            return torch.where(is_active, slab, 0.0)
+
+
+class RectifiedNormal(SpikeSlab):
+    """The law of max(0, N(loc, scale)): gamma = Phi(loc/scale), slab TruncatedNormal(loc, scale).
+
+    Its draws are reparametrised: max(0, loc + scale e) is continuous in loc and scale.
+    """
+
+    arg_constraints = {  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args=None):
+        self.loc, self.scale = broadcast_all(loc, scale)
+        slab = TruncatedNormal(self.loc, self.scale, validate_args=False)
+        # logit Phi(a) = log Phi(a) - log Phi(-a), exact in both tails.
+        ratio = slab.ratio.clamp(max=-LOWEST_RATIO)
+        logits = log_ndtr(ratio) - log_ndtr(-ratio)
+        super().__init__(logits, slab, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        return RectifiedNormal(
+            self.loc.expand(batch_shape), self.scale.expand(batch_shape), validate_args=False
+        )
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(sample_shape)
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return torch.relu(self.loc + self.scale * noise)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+@register_kl(SpikeSlab, SpikeSlab)
+def kl_spike_slab(q: SpikeSlab, p: SpikeSlab) -> Tensor:
+    """KL(Bern(gamma) || Bern(pi)) + gamma KL(slab_q || slab_p)."""
+    gamma = q.p_active
+    gate = gamma * (q.logits - p.logits) + F.softplus(p.logits) - F.softplus(q.logits)
+    return gate + gamma * kl_divergence(q.slab, p.slab)

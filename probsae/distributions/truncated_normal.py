@@ -1,0 +1,117 @@
+"""The normal on the half line, and its divergences."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro.distributions import (
+    Exponential,  # pyright: ignore[reportAttributeAccessIssue]
+    TorchDistribution,
+)
+from torch import Tensor
+from torch.distributions import constraints, register_kl
+from torch.distributions.utils import broadcast_all
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+# Below -8 the hazard phi/Phi loses its float32 digits against -a; the mass there is under 1e-15.
+LOWEST_RATIO = -8.0
+
+
+def log_ndtr(a: Tensor) -> Tensor:
+    """Return log Phi(a) for a >= -8, where erfc neither underflows nor loses digits.
+
+    `torch.special.log_ndtr` holds everywhere but runs a fifth as fast: it is not vectorised.
+    """
+    return torch.log(0.5 * torch.special.erfc(a * -(0.5**0.5)))
+
+
+class TruncatedNormal(TorchDistribution):
+    r"""Normal(loc, scale) conditioned on being positive.
+
+    With a = loc/scale and r = phi(a)/Phi(a), the mean is loc + scale r, the second moment
+    loc^2 + scale^2 + loc scale r, and the entropy log(scale sqrt(2 pi e)) + log Phi(a) - a r / 2.
+
+    Parameters
+    ----------
+    loc, scale : Tensor or float
+        Location and scale of the normal before truncation, in the units of the codes.
+    """
+
+    arg_constraints = {  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    support = constraints.nonnegative  # pyright: ignore[reportAssignmentType]
+    has_rsample = True
+
+    def __init__(self, loc, scale, validate_args=None):
+        self.loc, self.scale = broadcast_all(loc, scale)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+        self.ratio = (self.loc / self.scale).clamp(min=LOWEST_RATIO)
+        """a = loc/scale, kept where float32 can carry the closed forms."""
+        self.log_mass = log_ndtr(self.ratio)
+        """log Phi(a): the log-probability that the normal before truncation is positive."""
+        self.hazard = torch.exp(-0.5 * self.ratio.square() - LOG_SQRT_2PI - self.log_mass)
+        """r = phi(a)/Phi(a), through log Phi so that it never divides by zero."""
+
+    def expand(self, batch_shape, _instance=None):
+        return TruncatedNormal(
+            self.loc.expand(batch_shape), self.scale.expand(batch_shape), validate_args=False
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        return self.scale * (self.ratio + self.hazard)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.scale.square() * (1 - self.hazard * (self.ratio + self.hazard)).clamp(min=0)
+
+    def entropy(self) -> Tensor:
+        return (
+            self.scale.log() + LOG_SQRT_2PI + 0.5 + self.log_mass - 0.5 * self.ratio * self.hazard
+        )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        standard = value / self.scale - self.ratio
+        inside = -0.5 * standard.square() - LOG_SQRT_2PI - self.scale.log() - self.log_mass
+        return torch.where(value >= 0, inside, -math.inf)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        # P(z > v) = Phi(a - v/s) / Phi(a), in logs: both tails stay exact.
+        log_survival = torch.special.log_ndtr(self.ratio - value / self.scale) - self.log_mass
+        return torch.where(value > 0, -torch.expm1(log_survival), 0.0)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        # v = s (a - Phi^-1((1 - u) Phi(a))), in float64: ndtri needs the digits in the tail.
+        ratio, mass = self.ratio.double(), self.log_mass.double().exp()
+        tail = ((1 - value.double()) * mass).clamp(min=1e-300)
+        return (self.scale * (ratio - torch.special.ndtri(tail))).clamp(min=0).to(self.scale.dtype)
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        """Draw by inversion; gradients are those of the implicit function F(z; loc, scale) = u."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
+            value = self.icdf(uniform)
+        if not (torch.is_grad_enabled() and (self.loc.requires_grad or self.scale.requires_grad)):
+            return value
+        # dz = -dF/dparams / density(z): cdf carries the parameters' gradient, value is held fixed.
+        surrogate = self.cdf(value)
+        density = self.log_prob(value).exp().detach().clamp(min=1e-12)
+        return value - (surrogate - surrogate.detach()) / density
+
+
+@register_kl(TruncatedNormal, TruncatedNormal)
+def _kl_truncated_truncated(q: TruncatedNormal, p: TruncatedNormal) -> Tensor:
+    second_moment = q.variance + q.mean.square()
+    loc = p.ratio * p.scale
+    square = second_moment - 2 * loc * q.mean + loc.square()
+    cross = LOG_SQRT_2PI + p.scale.log() + p.log_mass + square / (2 * p.scale.square())
+    return cross - q.entropy()
+
+
+@register_kl(TruncatedNormal, Exponential)
+def _kl_truncated_exponential(q: TruncatedNormal, p: Exponential) -> Tensor:
+    return p.rate * q.mean - p.rate.log() - q.entropy()

@@ -1,0 +1,110 @@
+"""One training step's forward and backward pass: compiled or not, whole or in pieces."""
+
+from __future__ import annotations
+
+import shutil
+import types
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from torch import Tensor
+
+from probsae.inference.elbo import Objective, objective
+from probsae.inference.pyro_objective import pyro_objective
+from probsae.models.base import SparseDictionary
+
+# Products x tokens from which compiling (20-40 s on two cores) is repaid on a CPU.
+_COMPILE_FROM = 4e11
+# Codes, 4 MB, at a time on a CPU: arrays of a whole batch leave its cache between two passes.
+_PIECE = 2**20
+# Below this the matrix products lose more than the cache gains.
+_MIN_PIECE_TOKENS = 256
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+Step = Callable[[SparseDictionary, Tensor, Tensor], Objective]
+"""(model, x, kl_weight) -> what the step showed, detached; gradients are added to the model's."""
+
+
+def training_step(
+    model: SparseDictionary,
+    elbo: ELBO | None,
+    compile: bool | None,
+    batch_size: int,
+    n_steps: int,
+) -> Step:
+    """Choose between the closed form, compiled or not, and a Pyro ELBO."""
+    if elbo is None and not model.has_linear_decoder:
+        elbo = TraceMeanField_ELBO()
+    if elbo is not None:
+        return lambda *inputs: _differentiate(pyro_objective(elbo), *inputs)
+    if compile is None:
+        is_long = n_steps * batch_size * model.d_in * model.d_sae > _COMPILE_FROM
+        on_gpu = model.b_dec.is_cuda and n_steps * batch_size > 500_000
+        compile = on_gpu or (is_long and bool(shutil.which("g++") or shutil.which("clang++")))
+    function = compiled_objective() if compile else objective
+    n_tokens = piece_tokens(model, batch_size)
+    return lambda *inputs: _differentiate(function, *inputs, n_tokens=n_tokens)
+
+
+def piece_tokens(model: SparseDictionary, batch_size: int) -> int:
+    """Tokens that a step takes at a time: a divisor of the batch, all of it on a GPU."""
+    if model.b_dec.is_cuda or model.couples_tokens:
+        return batch_size
+    most = max(_MIN_PIECE_TOKENS, _PIECE // model.d_sae)
+    n_tokens = batch_size
+    while n_tokens > most and n_tokens % 2 == 0:
+        n_tokens //= 2
+    return n_tokens
+
+
+def _differentiate(
+    function: Callable[..., Objective],
+    model: SparseDictionary,
+    x: Tensor,
+    kl_weight: Tensor,
+    n_tokens: int | None = None,
+) -> Objective:
+    """Add the gradient of the loss, taken over pieces of `n_tokens`, to the model's."""
+    pieces = x.split(n_tokens or len(x))
+    total: list[Tensor] | None = None
+    for piece in pieces:
+        terms = function(model, piece, kl_weight)
+        weight = len(piece) / len(x)
+        (terms.loss * weight).backward()
+        shown = [value.detach() * weight for value in terms]
+        total = shown if total is None else [a + b for a, b in zip(total, shown, strict=True)]
+    assert total is not None
+    return Objective(*total)
+
+
+def compiled_objective() -> Callable[..., Objective]:
+    """Compile `objective` afresh.
+
+    Dynamo allows one code object eight specialisations, and the ninth model fitted in a process
+    would be refused: each fit compiles a copy of its own.
+    """
+    copy = types.FunctionType(objective.__code__.replace(), objective.__globals__)
+    copy.__defaults__ = objective.__defaults__
+    return torch.compile(copy, fullgraph=True)
+
+
+class products_in:
+    """Run the model's matrix products in a lower precision inside a with-block."""
+
+    def __init__(self, model: SparseDictionary, precision: Precision):
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
+        self.model, self.precision = model, precision
+        self.before = torch.get_float32_matmul_precision()
+
+    def __enter__(self) -> None:
+        if self.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+        self.model.product_dtype = torch.bfloat16 if self.precision == "bfloat16" else None
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_float32_matmul_precision(self.before)
+        self.model.product_dtype = None
