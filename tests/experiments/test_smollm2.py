@@ -11,7 +11,8 @@ from experiments.smollm2.run import main
 def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys):
     options = {
         "text": tuple(corpus), "out": tmp_path, "layer": 2, "n_tokens": 3_000, "d_sae": 64,
-        "n_steps": 12, "batch_size": 256, "frontier": (8, 32), "n_contexts": 2, "context_length": 64,
+        "n_steps": 12, "batch_size": 256, "frontier": (8, 32), "n_contexts": 2,
+        "context_length": 64,
     }  # fmt: skip
     for site in ("residual", "mlp"):
         main(**options, site=site)
