@@ -8,6 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from probsae.distributions import RectifiedNormal, SpikeSlab, TiltedSpikeSlab, TruncatedNormal
 from probsae.distributions.tilted import rough_tilted_mean
+from probsae.distributions.truncated_normal import mills_ratio
 
 DOUBLE = {"dtype": torch.float64}
 LOCS = torch.tensor([-2.0, -0.3, 0.0, 0.7, 3.0], **DOUBLE)
@@ -33,6 +34,15 @@ def test_truncated_normal_is_scipy_s(i):
     for u in (0.01, 0.5, 0.99):
         level = torch.tensor(u, **DOUBLE)
         assert float(law.icdf(level)) == pytest.approx(expected.ppf(u), rel=1e-6)
+
+
+def test_mills_ratio_is_exact_to_float32():
+    a = torch.cat([torch.linspace(0, 12, 5_001), torch.logspace(1, 4, 500)])
+    expected = mills_ratio(a.double())
+    near = a.double()[:5_001]
+    exact = scipy.stats.norm.sf(near) / scipy.stats.norm.pdf(near)
+    torch.testing.assert_close(expected[:5_001], torch.as_tensor(exact))
+    assert float((mills_ratio(a) / expected - 1).abs().max()) < 5e-7
 
 
 def integral(function, upper):

@@ -13,11 +13,12 @@ from torch.distributions import register_kl
 
 from probsae.distributions.spike_slab import SpikeSlab, kl_spike_slab
 from probsae.distributions.truncated_normal import (
-    LOG_SQRT_2PI,
     LOWEST_RATIO,
     TruncatedNormal,
-    log_ndtr,
+    mills_ratio,
 )
+
+_SQRT_2PI = math.sqrt(2 * math.pi)
 
 
 class TiltedSpikeSlab(SpikeSlab):
@@ -185,18 +186,27 @@ class _Moments(torch.autograd.Function):
         if lowest > -math.inf:
             evidence = torch.maximum(evidence, (lowest - shift) / gain)
         ratio = gain * evidence + shift
-        level, first, spread, hazard = 0.5 * ratio.square(), ratio, 1.0, evidence.new_zeros(())
+        # Odds of being active over exp(log_odds); past exp(60) their logarithm goes on alone.
+        level = 0.5 * ratio.square()
         if is_half_line:
-            level = level + log_ndtr(ratio)
-            hazard = torch.exp(-level - LOG_SQRT_2PI)  # phi(a) / Phi(a)
+            kept = level.clamp(max=60)
+            density = torch.exp(-kept)
+            below = mills_ratio(ratio.abs()) / _SQRT_2PI
+            weight = torch.where(ratio >= 0, density, 1.0)
+            mass = torch.where(
+                ratio >= 0, 1 - below * density, below
+            )  # Phi(a), over exp(-a^2/2) below 0
+            hazard = weight / (_SQRT_2PI * mass)
+            odds = log_odds.exp() * (mass / weight)
+            excess = torch.where(ratio >= 0, level - kept, 0.0)
             first = ratio + hazard
             spread = (1 - hazard * first).clamp(min=0)
-        logits = log_odds + level
-        # sigmoid and softplus from one exponential that cannot overflow
-        decay = torch.exp(-logits.abs())
-        larger = 1 / (1 + decay)
-        p_active = torch.where(logits >= 0, larger, decay * larger)
-        softplus = logits.clamp(min=0) + torch.log1p(decay)
+        else:
+            kept = (log_odds + level).clamp(max=60)
+            odds, excess = torch.exp(kept), log_odds + level - kept
+            hazard, first, spread = evidence.new_zeros(()), ratio, 1.0
+        p_active = odds / (1 + odds)
+        softplus = torch.log1p(odds) + excess
         mean = p_active * scale * first
         # Two non-negative terms: no cancellation.
         variance = p_active * scale.square() * (spread + (1 - p_active) * first.square())

@@ -26,6 +26,38 @@ def log_ndtr(a: Tensor) -> Tensor:
     return torch.log(0.5 * torch.special.erfc(a * -(0.5**0.5)))
 
 
+# R(a) = t P(t), t = 1/(1 + .3 a): Chebyshev fit of least relative error, refined by Lawson's
+# weights on [0, 10^4]; P from the constant term up.
+_MILLS_RATE = 0.3
+_MILLS_COEFFICIENTS = (
+    0.3000000071,
+    0.2999983656,
+    0.273064073,
+    0.2180430012,
+    0.1523055528,
+    0.03868734898,
+    0.05947196642,
+    -0.08310835512,
+    -0.07529020623,
+    0.09707623801,
+    -0.02693388151,
+)
+
+
+def mills_ratio(a: Tensor) -> Tensor:
+    """R(a) = (1 - Phi(a)) / phi(a) for a >= 0; to 4e-7, relative, in float32.
+
+    In float32 by a polynomial, a tenth of erfc's time on a CPU; in float64 by erfcx.
+    """
+    if a.dtype == torch.float64:
+        return math.sqrt(math.pi / 2) * torch.special.erfcx(a * 0.5**0.5)
+    t = 1 / (1 + _MILLS_RATE * a)
+    value = torch.full_like(t, _MILLS_COEFFICIENTS[-1])
+    for coefficient in reversed(_MILLS_COEFFICIENTS[:-1]):
+        value = value * t + coefficient
+    return value * t
+
+
 class TruncatedNormal(TorchDistribution):
     r"""Normal(loc, scale) conditioned on being positive.
 

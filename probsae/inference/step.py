@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import types
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -11,6 +10,7 @@ import torch
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
+from probsae.inference.compiling import compiled_objective
 from probsae.inference.elbo import Objective, objective
 from probsae.inference.pyro_objective import pyro_objective
 from probsae.models.base import SparseDictionary
@@ -44,7 +44,7 @@ def training_step(
         is_long = n_steps * batch_size * model.d_in * model.d_sae > _COMPILE_FROM
         on_gpu = model.b_dec.is_cuda and n_steps * batch_size > 500_000
         compile = on_gpu or (is_long and bool(shutil.which("g++") or shutil.which("clang++")))
-    function = compiled_objective() if compile else objective
+    function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
     n_tokens = piece_tokens(model, batch_size)
     return lambda *inputs: _differentiate(function, *inputs, n_tokens=n_tokens)
 
@@ -78,17 +78,6 @@ def _differentiate(
         total = shown if total is None else [a + b for a, b in zip(total, shown, strict=True)]
     assert total is not None
     return Objective(*total)
-
-
-def compiled_objective() -> Callable[..., Objective]:
-    """Compile `objective` afresh.
-
-    Dynamo allows one code object eight specialisations, and the ninth model fitted in a process
-    would be refused: each fit compiles a copy of its own.
-    """
-    copy = types.FunctionType(objective.__code__.replace(), objective.__globals__)
-    copy.__defaults__ = objective.__defaults__
-    return torch.compile(copy, fullgraph=True)
 
 
 class products_in:

@@ -72,9 +72,11 @@ class DeterministicSAE(SparseDictionary):
     def pre_activation(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
         """Return (x - b_dec) W_enc + b_enc."""
         constant = self.b_dec.detach()
-        # The last term is 0; it carries b_dec's gradient without a product by every token.
+        # This term is 0; it carries b_dec's gradient without a product by every token.
         shift = (constant - self.b_dec) @ self.W_enc
-        return self.product(x - constant, self.W_enc) + (self.b_enc + shift)
+        # Subtracted, because inductor makes product + row an addmm, which first copies the row
+        # to every token; a difference it fuses with what comes after.
+        return self.product(x - constant, self.W_enc) - (-self.b_enc - shift)
 
     def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
         pre_activation = self.pre_activation(x)

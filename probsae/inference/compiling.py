@@ -1,0 +1,52 @@
+"""The objective through torch.compile."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._functorch.partitioners import default_partition
+from torch.fx import GraphModule
+
+from probsae.inference.elbo import Objective, objective
+
+try:
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+except ImportError:  # a torch that has no such hook; a step takes a third longer
+    CustomPartitionerFn = None
+
+
+def compiled_objective(on_cpu: bool) -> Callable[..., Objective]:
+    """Compile `objective` afresh.
+
+    Dynamo allows one code object eight specialisations, and the ninth model fitted in a process
+    would be refused: each fit compiles a copy of its own.
+    """
+    copy = types.FunctionType(objective.__code__.replace(), objective.__globals__)
+    copy.__defaults__ = objective.__defaults__
+    options: dict[str, Any] = {}
+    if on_cpu and CustomPartitionerFn is not None:
+        options["custom_partitioner_fn"] = _KeepWhatIsSaved()
+    return torch.compile(copy, fullgraph=True, options=options)
+
+
+if CustomPartitionerFn is not None:
+
+    class _KeepWhatIsSaved(CustomPartitionerFn):
+        """Hand the backward pass what autograd saved, and nothing else.
+
+        Inductor would rather compute again what its loops can fuse: right where memory is slow
+        beside arithmetic, as on a GPU, but a CPU then takes every exponential and error
+        function twice.
+        """
+
+        def __call__(
+            self, gm: GraphModule, joint_inputs: Sequence[object], **options: Any
+        ) -> tuple[GraphModule, GraphModule]:
+            options.pop("compiler", None)
+            return default_partition(gm, joint_inputs, **options)
+
+        def uuid(self) -> str:
+            return "probsae: default_partition"
