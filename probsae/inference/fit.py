@@ -194,12 +194,12 @@ def _run(
             guard.watch()
             state.optimizer.step()
             state.optimizer.zero_grad()
+            is_last = state.step + 1 == state.n_steps
+            if state.device.type == "cpu" or (state.step + 1) % _CHECK_EVERY == 0 or is_last:
+                guard.check()  # before anything else touches the parameters
             state.model.normalize_()
             state.step += 1
             bar.update()
-            is_last = state.step == state.n_steps
-            if state.device.type == "cpu" or state.step % _CHECK_EVERY == 0 or is_last:
-                guard.check()
             if state.step % log_every == 0 or is_last:
                 _log(state, kl_weight, bar)
             for callback in callbacks:
@@ -287,9 +287,8 @@ def _open(
 def _size_of(data: object) -> int | None:
     """Return the number of distinct tokens, where the data have one."""
     size = getattr(data, "n_tokens", None)
-    if size is None and hasattr(data, "shape"):
-        size = len(data)  # type: ignore[arg-type]  # a tensor or an array
-    return size
+    shape = getattr(data, "shape", None)  # of a tensor or an array
+    return size if shape is None else int(shape[0])
 
 
 def _typical_size(x_centered: Tensor) -> float:
