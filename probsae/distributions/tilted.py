@@ -67,6 +67,7 @@ class TiltedSpikeSlab(SpikeSlab):
         lowest = LOWEST_RATIO if self._is_half_line else -math.inf
         moments = _moments(self.prior, evidence, precision, lowest, self._is_half_line)
         self._p_active, self._mean, self._variance, self.divergence = moments
+        self._law: tuple[Normal | TruncatedNormal, Tensor] | None = None
         TorchDistribution.__init__(self, evidence.shape, validate_args=False)
 
     @property
@@ -92,6 +93,12 @@ class TiltedSpikeSlab(SpikeSlab):
         return self._slab_and_logits()[1]
 
     def _slab_and_logits(self) -> tuple[Normal | TruncatedNormal, Tensor]:
+        """Make them when they are first asked for: a training step never does."""
+        if self._law is None:
+            self._law = self._make_law()
+        return self._law
+
+    def _make_law(self) -> tuple[Normal | TruncatedNormal, Tensor]:
         rows = _Rows(self.prior, self._precision)
         ratio = rows.gain * self._evidence + rows.shift
         scale = rows.scale.expand_as(ratio)
@@ -109,10 +116,11 @@ class TiltedSpikeSlab(SpikeSlab):
 
 
 def rough_tilted_mean(prior: SpikeSlab, evidence: Tensor, precision: Tensor) -> Tensor:
-    """Mean of `TiltedSpikeSlab`; on the half line without the tail below zero, at half the cost.
+    """Mean of `TiltedSpikeSlab`, on the half line without the tail below zero; for less time.
 
     There the slab's mean is max(0, mu) and its mass above zero 1: right where a code is clearly
-    active or clearly not.
+    active or clearly not. Shapes as in `TiltedSpikeSlab`; returns (token, d_sae), units of the
+    codes.
     """
     lowest = 0.0 if isinstance(prior.slab, TruncatedNormal) else -math.inf
     return _moments(prior.detach(), evidence, precision, lowest, False)[1]

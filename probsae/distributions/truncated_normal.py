@@ -45,9 +45,11 @@ _MILLS_COEFFICIENTS = (
 
 
 def mills_ratio(a: Tensor) -> Tensor:
-    """R(a) = (1 - Phi(a)) / phi(a) for a >= 0; to 4e-7, relative, in float32.
+    """R(a) = (1 - Phi(a)) / phi(a) for a >= 0, element by element; to 5e-7, relative, in float32.
 
-    In float32 by a polynomial, a tenth of erfc's time on a CPU; in float64 by erfcx.
+    In float32 by a polynomial in 1/(1 + .3 a), the form of Abramowitz and Stegun (1964), 26.2.17,
+    refitted: erfc takes 27 ms for 4 million values on a CPU core that takes 4 ms for exp. In
+    float64 by erfcx.
     """
     if a.dtype == torch.float64:
         return math.sqrt(math.pi / 2) * torch.special.erfcx(a * 0.5**0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +99,9 @@ class ResampleDeadFeatures(Callback):
                 _set(state, parameter, dead, 0.0)
 
 
-def _set(state: FitState, parameter: Tensor, index: object, value: Tensor | float) -> None:
+def _set(state: FitState, parameter: Tensor, index: Any, value: Tensor | float) -> None:
     """Set some entries of a parameter, and forget what Adam remembers of them."""
-    parameter[index] = value  # type: ignore[index]
+    parameter[index] = value
     for name, moment in state.optimizer.state[parameter].items():
         if name.startswith("exp_avg"):
             moment[index] = 0.0
