@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 import probsae as ps
+from probsae.synthetic import Correlation
 
 METHODS = {"KMeans": 50_000, "KMedoids": 8_192, "PCA": 50_000, "ICA": 20_000}
 STUDY = {
@@ -29,6 +30,11 @@ STUDY = {
     "PCA": (0.17, 0.18),
     "ICA": (0.17, 0.19),
 }
+CORRELATIONS: dict[str, Correlation | None] = {
+    "none": None,
+    "per_batch": "per_batch",
+    "copula": "copula",
+}
 FILE = Path(__file__).parent / "results.json"
 
 
@@ -36,7 +42,7 @@ def figures(n_active: float, correlation: str, seed: int) -> dict[str, float]:
     """MMCS of each method on one data set of 512 features in 256 dimensions."""
     data = ps.SyntheticActivations(
         n_active=n_active,
-        correlation=None if correlation == "none" else correlation,  # type: ignore[arg-type]
+        correlation=CORRELATIONS[correlation],
         seed=seed,
     )
     values = {}
@@ -52,7 +58,7 @@ def figures(n_active: float, correlation: str, seed: int) -> dict[str, float]:
 def main(seeds: tuple[int, ...] = (0, 1, 2), threads: int = 1) -> None:
     """Run, print a Markdown table and write results.json."""
     torch.set_num_threads(threads)
-    conditions = list(product((5.0, 0.97), ("none", "per_batch", "copula")))
+    conditions = list(product((5.0, 0.97), CORRELATIONS))
     results: dict[str, dict[str, list[float]]] = {}
     for (n_active, correlation), seed in tqdm(list(product(conditions, seeds))):
         cell = results.setdefault(f"{n_active} active, {correlation}", {})

@@ -24,13 +24,15 @@ import tyro
 from tqdm import tqdm
 
 import probsae as ps
+from probsae.synthetic import Correlation
 
 RESULTS = Path(__file__).parent / "results"
 D_SAE, BATCH_SIZE, N_TUNING_STEPS = 768, 1_024, 1_000
 # Without noise the last digits of the codes are what is left to learn.
 N_STEPS = {0.0: 3_000, 0.05: 2_000}
+CORRELATIONS: dict[str, Correlation | None] = {"none": None, "copula": "copula"}
 SEEDS, TUNING_SEED = (0, 1, 2), 100
-CONDITIONS = tuple((noise, kind) for kind in ("none", "copula") for noise in (0.0, 0.05))
+CONDITIONS = tuple((noise, kind) for kind in CORRELATIONS for noise in (0.0, 0.05))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Job:
         torch.manual_seed(self.seed)
         data = ps.SyntheticActivations(
             noise_scale=self.noise_scale,
-            correlation=None if self.correlation == "none" else self.correlation,  # type: ignore[arg-type]
+            correlation=CORRELATIONS[self.correlation],
             seed=self.seed,
         )
         model = getattr(ps, self.model)(d_in=256, d_sae=D_SAE, **self.options)
