@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -26,8 +27,8 @@ from torch import Tensor
 Correlation = Literal["copula", "per_batch"]
 Magnitudes = Literal["uniform", "uniform_product"] | tuple[float, float]
 
-# Streams drawn from one seed: directions and correlations, `sample`, and one for each `batches`.
-_SAMPLE_STREAM, _BATCH_STREAM = 1_000_003, 2_000_003
+# What is drawn from one seed, each in a stream of its own.
+Stream = Literal["features", "sample", "batches"]
 # Factors of the copula: features share 8 latent causes, with loadings that leave each feature
 # half its variance of its own. Correlations of the latent Gaussians then spread over (-.5, .5).
 _N_FACTORS, _SHARED_VARIANCE = 8, 0.5
@@ -97,6 +98,8 @@ class SyntheticActivations:
         device: str | torch.device | None = None,
     ):
         _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes, noise_scale)
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
         self.d_in, self.n_features, self.n_active = d_in, n_features, n_active
         self.decay = decay
         self.correlation: Correlation | None = correlation
@@ -104,7 +107,7 @@ class SyntheticActivations:
         self.noise_scale, self.seed = noise_scale, seed
         self.device = torch.device(device or "cpu")
         # Drawn on the CPU: the same features on every device.
-        generator = torch.Generator().manual_seed(seed)
+        generator = self._new_generator("features", torch.device("cpu"))
         features = torch.randn(n_features, d_in, generator=generator)
         self.features = F.normalize(features, dim=-1).to(self.device)
         self.firing_probability = firing_probability(n_features, n_active, decay).to(self.device)
@@ -113,7 +116,7 @@ class SyntheticActivations:
         self._loadings = loadings.to(self.device)
         # A feature fires where its standard normal is under this threshold.
         self._threshold = torch.special.ndtri(self.firing_probability.double()).float()
-        self._generator = self._new_generator(seed + _SAMPLE_STREAM, self.device)
+        self._generator = self._new_generator("sample", self.device)
 
     def sample(
         self, n_tokens: int, seed: int | None = None
@@ -138,7 +141,7 @@ class SyntheticActivations:
             raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
         if seed is None:
             return self._draw(n_tokens, self._generator)
-        return self._draw(n_tokens, self._new_generator(seed + _SAMPLE_STREAM, self.device))
+        return self._draw(n_tokens, self._new_generator("sample", self.device, seed))
 
     def batches(
         self, batch_size: int, *, seed: int = 0, device: str | torch.device | None = None
@@ -147,8 +150,7 @@ class SyntheticActivations:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         source = self if device is None else self.to(device)
-        stream = self.seed * 7919 + seed + _BATCH_STREAM
-        generator = self._new_generator(stream, source.device)
+        generator = self._new_generator("batches", source.device, seed)
         while True:
             yield source._draw(batch_size, generator)[0]
 
@@ -171,8 +173,15 @@ class SyntheticActivations:
             device,
         )
 
-    @staticmethod
-    def _new_generator(seed: int, device: torch.device) -> torch.Generator:
+    def _new_generator(self, stream: Stream, device: torch.device, *seeds: int) -> torch.Generator:
+        """Return a generator that shares no numbers with another stream, or with the caller's.
+
+        Were features drawn from `manual_seed(seed)` itself, a dictionary made after
+        `torch.manual_seed(seed)` would begin at the true features.
+        """
+        key = (get_args(Stream).index(stream), *seeds)
+        sequence = np.random.SeedSequence(self.seed, spawn_key=key)
+        seed = int(sequence.generate_state(1, np.uint64)[0])
         return torch.Generator(device=device).manual_seed(seed)
 
     def _draw(self, n_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,21 @@ def test_seeds():
     assert not torch.equal(first[0], first[2])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_generator_of_the_same_seed_does_not_know_the_features(seed):
+    data = ps.SyntheticActivations(seed=seed)
+    chance = ps.metrics.chance_level(768, 512, 256)["mmcs"]
+    torch.manual_seed(seed)
+    model = ps.SpikeSlabDictionary(256, 768)
+    assert ps.metrics.mmcs(model.dictionary(), data.features) < 1.05 * chance
+    own = torch.Generator().manual_seed(seed)
+    z = data.sample(64, seed=seed)[1]
+    assert not torch.equal(torch.rand(z.shape, generator=own) < data.firing_probability, z != 0)
+    torch.manual_seed(seed)
+    random = torch.randn(768, 256)
+    assert ps.metrics.mmcs(random, data.features) < 1.05 * chance
+
+
 def test_magnitude_laws():
     z = make(magnitudes="uniform_product").sample(50_000)[1]
     # P(UV < .05) = .05 (1 - log .05)
