@@ -27,12 +27,10 @@ import probsae as ps
 from probsae.synthetic import Correlation
 
 RESULTS = Path(__file__).parent / "results"
-D_SAE, BATCH_SIZE, N_TUNING_STEPS = 768, 1_024, 1_000
-# Without noise the last digits of the codes are what is left to learn.
-N_STEPS = {0.0: 3_000, 0.05: 2_000}
+D_SAE, BATCH_SIZE, N_TUNING_STEPS, N_STEPS = 768, 1_024, 1_000, 2_000
 CORRELATIONS: dict[str, Correlation | None] = {"none": None, "copula": "copula"}
 SEEDS, TUNING_SEED = (0, 1, 2), 100
-CONDITIONS = tuple((noise, kind) for kind in CORRELATIONS for noise in (0.0, 0.05))
+CONDITIONS = tuple((noise, kind) for kind in CORRELATIONS for noise in (0.05, 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +99,7 @@ def tuning_jobs() -> list[Job]:
     ]
     return [
         Job(model, noise, "none", TUNING_SEED, options, rate)
-        for noise in (0.0, 0.05)
+        for noise in (0.05, 0.0)
         for model, choices in grids
         for options in choices
         for rate in (1e-3, 3e-3, 1e-2)
@@ -123,10 +121,9 @@ def comparison_jobs() -> list[Job]:
     """Spike-and-slab at its defaults, the others as tuned for F1, on every condition and seed."""
     jobs = []
     for (noise, correlation), seed in product(CONDITIONS, SEEDS):
-        n_steps = N_STEPS[noise]
-        jobs.append(Job("SpikeSlabDictionary", noise, correlation, seed, n_steps=n_steps))
+        jobs.append(Job("SpikeSlabDictionary", noise, correlation, seed, n_steps=N_STEPS))
         for model, (options, rate) in best_settings(noise, "best_f1").items():
-            jobs.append(Job(model, noise, correlation, seed, options, rate, n_steps))
+            jobs.append(Job(model, noise, correlation, seed, options, rate, N_STEPS))
     return jobs
 
 

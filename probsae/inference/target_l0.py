@@ -1,34 +1,61 @@
-"""Choose the sparsity of a probabilistic dictionary: steer its noise scale to an expected l0."""
+"""Choose the sparsity of a probabilistic dictionary: steer its prior to an expected l0."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from probsae.inference.callbacks import Callback, FitState
+from probsae.models.code_priors import SpikeSlabPrior
 
-# A share .02 of the log error a step: errors die out over some 50 steps, slow beside the model's
-# answer to a new noise scale, fast beside a fit.
-_GAIN = 0.02
+# Of the log error a step: errors die out over some 10 steps.
+_GAIN = 0.1
+# The target falls to its value from this multiple, over this share of the fit: every feature is
+# used, and so trained, before features must be spared.
+_START, _SHARE = 4.0, 0.6
+# Noise scale, as a share of the activations' deviation per dimension, at the start and from
+# _SHARE on. The less noise, the more decided the codes: an expected l0 of small probabilities
+# explains little. Under less from the start encoders with lateral steps diverge.
+_NOISE = (0.25, 0.06)
+# The noise scale moves more slowly than the rate: encoders answer to it only by learning.
+_SLOWER = 0.2
+# The control goes no further than where the noise scale reaches the deviation.
+_REACH = -math.log(_NOISE[1]) / _SLOWER
+# A firing rate e^-3 = 1/20 of the one that the target stands for is the least: where that is
+# still too many features, each is worth far more than the noise scale, which then rises.
+_LEAST = 3.0
 
 
 class TargetL0(Callback):
-    """Steer the noise scale so that `target` features are active a token, on average.
+    """Steer the prior so that `target` features are active a token, on average.
 
-    The noise scale decides what is worth a feature. On activations that no dictionary explains
-    fully there is no true one: it is the user's choice of sparsity, and this callback makes it in
-    the unit that users think in. After the KL warm-up, each step moves
+    On activations that no dictionary explains fully no sparsity is the true one: it is the
+    user's choice, and this callback makes it in the unit that users think in. The noise scale
+    falls to a small share of the activations' deviation, and all features have one firing rate;
+    each step moves it by
 
-        log noise_scale += gain (log l0 - log target).
+        logit rate -= gain (log l0 - log target),
+
+    where the target itself falls to its value from four times that. Where a rate of a twentieth
+    of target / d_sae is not enough, the log noise scale rises by the rest.
 
     Parameters
     ----------
     target : float
         Expected number of active features a token, sum of p_active.
 
+    Raises
+    ------
+    ValueError
+        At the start of a fit, if the model has no firing rates, learns its noise scale (build it
+        with `learn_noise=False`), or has no more than `target` features.
+
     Notes
     -----
-    The model must not learn its noise scale itself: build it with `learn_noise=False`, and
-    `noise_scale` near the activations' deviation per dimension, where the search starts.
+    The noise scale is then a choice too, well below what the dictionary leaves unexplained: the
+    codes' intervals mean less than those of a model that learns its noise.
+    `docs/decisions/target_l0.md` compares this knob with others.
 
     Examples
     --------
@@ -43,18 +70,36 @@ class TargetL0(Callback):
         self.target = float(target)
 
     def on_start(self, state: FitState) -> None:
-        if state.model.learn_noise or state.model.is_deterministic:
+        prior = getattr(state.model, "code_prior", None)
+        if state.model.learn_noise or not isinstance(prior, SpikeSlabPrior):
             raise ValueError(
-                "TargetL0 steers the noise scale of a probabilistic dictionary that does not "
-                "learn it: build the model with learn_noise=False"
+                "TargetL0 steers the firing rate of a probabilistic dictionary that does not "
+                "learn its noise scale: build a SpikeSlabDictionary with learn_noise=False"
             )
         if self.target >= state.model.d_sae:
             raise ValueError(f"target must be below d_sae={state.model.d_sae}, got {self.target}")
+        self._prior = prior
+        rate = torch.tensor(self.target / state.model.d_sae, device=state.device)
+        self._least = rate.logit() - _LEAST
+        self._control = (_START * rate).clamp(max=0.5).logit()
+        self._deviation = None
 
     @torch.no_grad()
     def on_step(self, state: FitState) -> None:
         assert state.objective is not None
-        if not state.is_warm:
-            return
-        error = (state.objective.l0 / self.target).log().clamp(-1, 1)
-        state.model.log_noise_scale.add_(_GAIN * error)
+        assert state.batch is not None
+        if self._deviation is None:
+            self._deviation = (state.batch - state.model.b_dec).square().mean().sqrt()
+        target = self.target * _START ** (1 - _progress(state))
+        error = (state.objective.l0.clamp(min=1e-6) / target).log().clamp(-1, 1)
+        self._control = (self._control - _GAIN * error).maximum(self._least - _REACH)
+        logit = self._control.maximum(self._least)
+        self._prior.rate_logit.copy_(logit.expand_as(self._prior.rate_logit))
+        first, last = _NOISE
+        share = first * (last / first) ** _progress(state)
+        share = share * (_SLOWER * (logit - self._control)).exp()
+        state.model.log_noise_scale.copy_((self._deviation * share.clamp(max=1)).log())
+
+
+def _progress(state: FitState) -> float:
+    return min(1.0, state.step / (_SHARE * state.n_steps))

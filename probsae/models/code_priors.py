@@ -18,6 +18,7 @@ Slab = Literal["normal", "half_normal", "truncated_normal"]
 
 # Where gates begin: .04 x 768 is some 30 features a token, enough that each gets a gradient.
 _INITIAL_RATE = 0.04
+TYPICAL_L0 = 30
 
 
 def slab_law(slab: Slab, loc: Tensor, scale: Tensor) -> Distribution:
@@ -99,4 +100,15 @@ def typical_code_size(x_centered: Float[Tensor, "token d_in"]) -> float:
     A token of L active features with unit directions and codes c has norm c sqrt(L); L = 30 is
     where the gates begin, and the fit goes on from there.
     """
-    return max(float(x_centered.norm(dim=1).median()) / math.sqrt(30), 1e-12)
+    return max(float(x_centered.norm(dim=1).median()) / math.sqrt(TYPICAL_L0), 1e-12)
+
+
+def leading_variance_share(
+    x_centered: Float[Tensor, "token d_in"], n_iterations: int = 20
+) -> float:
+    """Share of the variance along its leading axis, by power iteration."""
+    axis = x_centered[x_centered.norm(dim=1).argmax()]
+    for _ in range(n_iterations):
+        axis = nn.functional.normalize((x_centered @ axis) @ x_centered, dim=0)
+    total = x_centered.square().sum().clamp(min=torch.finfo(x_centered.dtype).tiny)
+    return float((x_centered @ axis).square().sum() / total)

@@ -14,7 +14,13 @@ from torch.distributions import Distribution
 from probsae.distributions import TiltedSpikeSlab
 from probsae.distributions.tilted import expand_row, rough_tilted_mean
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
-from probsae.models.code_priors import Slab, SpikeSlabPrior, typical_code_size
+from probsae.models.code_priors import (
+    TYPICAL_L0,
+    Slab,
+    SpikeSlabPrior,
+    leading_variance_share,
+    typical_code_size,
+)
 
 
 class SpikeSlabDictionary(SparseDictionary):
@@ -64,7 +70,6 @@ class SpikeSlabDictionary(SparseDictionary):
     (4, 16)
     """
 
-    default_learning_rate = 5e-3
     dimensional = ("b_dec", "code_prior.slab_mean")
     frozen_in_warmup = ("code_prior.rate_logit",)
     # From .04 to the rate of a surplus feature, 1e-5, is 8 nats: at the common rate a fit would
@@ -91,6 +96,8 @@ class SpikeSlabDictionary(SparseDictionary):
         )
         if encoder_steps < 0:
             raise ValueError(f"encoder_steps must be at least 0, got {encoder_steps}")
+        # Adam moves every entry of a direction, so a step turns it the further the wider it is.
+        self.default_learning_rate = min(1e-2, 1.8 / d_in)
         self.encoder_steps = encoder_steps
         self.code_prior = SpikeSlabPrior(d_sae, slab, rate_prior)
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
@@ -133,6 +140,12 @@ class SpikeSlabDictionary(SparseDictionary):
         size = typical_code_size(x_centered)
         self.code_prior.initialize_(size)
         self.log_step_noise.fill_(math.log(0.5 * size))
+        # Damped steps contract while damping (1 + slope (eigenvalue - 1)) < 2: slope is the code's
+        # by its evidence, 2 or so at a gate's edge; the eigenvalue is the largest of the active
+        # directions' Gram matrix, whose diagonal the steps leave out. Directions drawn to the
+        # leading axis have its share of the variance as their mean squared cosine.
+        excess = (TYPICAL_L0 - 1) * leading_variance_share(x_centered)
+        self.damping_logit.fill_(-math.log(max(2 * excess, 1e-3)))
 
     def log_prior_parameters(self) -> Tensor:
         return self.code_prior.log_density_of_rates()

@@ -161,12 +161,16 @@ def test_schedule():
         Schedule(kl_warmup=1.5)
 
 
-def test_noise_floor_falls_and_is_itself_again(source):
-    schedule = Schedule(noise_start=8.0, noise_hold=0.25, noise_release=0.5)
+def test_noise_floor_rises_falls_and_is_itself_again(source):
+    schedule = Schedule(
+        kl_warmup=0.2, noise_start=2.0, noise_peak=8.0, noise_hold=0.5, noise_release=0.75
+    )
     factors = [schedule.noise_factor(step, 80) for step in range(80)]
-    assert factors[:21] == [8.0] * 21
-    assert factors[30] == pytest.approx(8**0.5)
-    assert factors[40:] == [1.0] * 40
+    assert factors[:17] == pytest.approx([2.0] * 17)
+    assert factors[18] == pytest.approx(4.0)
+    assert factors[20:41] == pytest.approx([8.0] * 21)
+    assert factors[50] == pytest.approx(8**0.5)
+    assert factors[60:] == [1.0] * 20
     seen = []
 
     class Watch(Callback):
@@ -175,7 +179,7 @@ def test_noise_floor_falls_and_is_itself_again(source):
 
     model = small_model()
     ps.fit(model, source, schedule=schedule, callbacks=[Watch()], **OPTIONS)
-    assert (seen[0], seen[-1], float(model.noise_factor)) == (8.0, 1.0, 1.0)
+    assert (seen[0], seen[-1], float(model.noise_factor)) == pytest.approx((2.0, 1.0, 1.0))
     fixed = small_model(learn_noise=False, noise_scale=0.3)
     ps.fit(fixed, source, schedule=schedule, callbacks=[Watch()], **OPTIONS)
     assert seen[30] == 1.0
