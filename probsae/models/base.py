@@ -312,6 +312,11 @@ class SparseDictionary(nn.Module, ABC):
         return x_hat + self.noise_scale * torch.randn_like(x_hat), z
 
     @torch.no_grad()
+    def scale_noise_(self, factor: Tensor) -> None:
+        """Multiply the noise scale, and all that the encoder takes for noise."""
+        self.log_noise_scale.add_(factor.log())
+
+    @torch.no_grad()
     def normalize_(self) -> None:
         """Store unit rows of `W_dec`, and the noise scale itself where its floor binds.
 

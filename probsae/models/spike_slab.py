@@ -147,6 +147,11 @@ class SpikeSlabDictionary(SparseDictionary):
         excess = (TYPICAL_L0 - 1) * leading_variance_share(x_centered)
         self.damping_logit.fill_(-math.log(max(2 * excess, 1e-3)))
 
+    @torch.no_grad()
+    def scale_noise_(self, factor: Tensor) -> None:
+        super().scale_noise_(factor)
+        self.log_step_noise.add_(factor.log())
+
     def log_prior_parameters(self) -> Tensor:
         return self.code_prior.log_density_of_rates()
 
