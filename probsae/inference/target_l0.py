@@ -9,29 +9,37 @@ import torch
 from probsae.inference.callbacks import Callback, FitState
 from probsae.models.code_priors import SpikeSlabPrior
 
-# Of the log error a step: errors die out over some 30 steps, slow beside the encoder's answer.
-_GAIN = 0.03
-# The target falls to its value from this multiple, over this share of the fit: every feature is
-# used, and so trained, before features must be spared.
+# Of the log error a step: errors die out over some 10 steps.
+_GAIN = 0.1
+# The target falls to its value from this multiple (or half of all features, if that is less),
+# over this share of the fit: every feature is used, and so trained, before features must be
+# spared.
 _START, _SHARE = 4.0, 0.6
-# How much rarer than target / d_sae the prior ends up, in nats. A code is active from about
-# sigma sqrt(2 |logit rate|) on, and undecided in a band of 1 / (2 |logit rate|) of that: rare
-# priors make decided codes, and small probabilities explain little.
-_RARER = 3.0
-# Noise scale, as a share of the activations' deviation: at the start, and its bounds.
-_NOISE_START, _NOISE_BOUNDS = 0.25, (0.01, 1.0)
+# Noise scale, as a share of the activations' deviation per dimension, at the start and from
+# _SHARE on. The less noise, the more decided the codes: an expected l0 of small probabilities
+# explains little. Under less from the start encoders with lateral steps diverge.
+_NOISE = (0.25, 0.06)
+# Steps of the log noise scale, as a share of those of the logit: it moves thresholds further.
+_SLOWER = 0.4
+# The control goes no further than where the noise scale reaches the deviation.
+_REACH = -math.log(_NOISE[1]) / _SLOWER
+# A firing rate e^-3 = 1/20 of the one that the target stands for is the least: where that is
+# still too many features, each is worth far more than the noise scale, which then rises.
+_LEAST = 3.0
 
 
 class TargetL0(Callback):
     """Steer the prior so that `target` features are active a token, on average.
 
     On activations that no dictionary explains fully no sparsity is the true one: it is the
-    user's choice, and this callback makes it in the unit that users think in. All features have
-    one firing rate, which falls to a twentieth of target / d_sae; each step moves
+    user's choice, and this callback makes it in the unit that users think in. The noise scale
+    falls to a small share of the activations' deviation, and all features have one firing rate;
+    each step moves it by
 
-        log noise_scale += gain (log l0 - log target),
+        logit rate -= gain (log l0 - log target),
 
-    where the target itself falls to its value from four times that.
+    where the target itself falls to its value from four times that. Where a rate of a twentieth
+    of target / d_sae is not enough, the log noise scale rises by the rest.
 
     Parameters
     ----------
@@ -72,24 +80,35 @@ class TargetL0(Callback):
         if self.target >= state.model.d_sae:
             raise ValueError(f"target must be below d_sae={state.model.d_sae}, got {self.target}")
         self._prior = prior
+        rate = torch.tensor(self.target / state.model.d_sae, device=state.device)
+        self._start = min(_START, max(1.0, 0.5 / float(rate)))
+        self._least = rate.logit() - _LEAST
+        self._control = (self._start * rate).logit()
         self._deviation = None
+        self._raised = torch.zeros((), device=state.device)
 
     @torch.no_grad()
     def on_step(self, state: FitState) -> None:
         assert state.objective is not None
         assert state.batch is not None
-        model, progress = state.model, _progress(state)
+        model = state.model
+        first, last = _NOISE
+        share = first * (last / first) ** _progress(state)
         if self._deviation is None:
             self._deviation = (state.batch - model.b_dec).square().mean().sqrt()
-            if state.step == 1:
-                model.log_noise_scale.copy_((_NOISE_START * self._deviation).log())
-        target = self.target * _START ** (1 - progress)
+            if state.step > 1:  # resumed
+                raised = (model.noise_scale / (share * self._deviation)).log()
+                self._raised = raised.clamp(min=0)
+                self._control = self._prior.rate_logit.mean() - self._raised / _SLOWER
+        target = self.target * self._start ** (1 - _progress(state))
         error = (state.objective.l0.clamp(min=1e-6) / target).log().clamp(-1, 1)
-        share = model.noise_scale / self._deviation
-        low, high = _NOISE_BOUNDS
-        model.scale_noise_((share * (_GAIN * error).exp()).clamp(low, high) / share)
-        rate = min(target / model.d_sae, 0.5)
-        self._prior.rate_logit.fill_(math.log(rate / (1 - rate)) - _RARER * progress)
+        self._control = (self._control - _GAIN * error).maximum(self._least - _REACH)
+        logit = self._control.maximum(self._least)
+        self._prior.rate_logit.copy_(logit.expand_as(self._prior.rate_logit))
+        model.log_noise_scale.copy_((self._deviation * share).log() + self._raised)
+        raised = _SLOWER * (logit - self._control)
+        model.scale_noise_((raised - self._raised).exp())
+        self._raised = raised
 
 
 def _progress(state: FitState) -> float:
