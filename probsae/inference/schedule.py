@@ -78,11 +78,12 @@ class Schedule:
     def noise_factor(self, step: int, n_steps: int) -> float:
         """Factor on the noise floor in step `step`; rises and falls geometrically."""
         share = step / n_steps
+        rise = min(self.kl_warmup, self.noise_hold)  # a long warm-up does not put off the release
         corners = (
-            (self.kl_warmup, self.noise_start),
-            (self.kl_warmup + _NOISE_RISE, self.noise_peak),
+            (rise, self.noise_start),
+            (min(rise + _NOISE_RISE, self.noise_hold), self.noise_peak),
             (self.noise_hold, self.noise_peak),
             (self.noise_release, 1.0),
         )
         shares, factors = zip(*corners, strict=True)
-        return float(np.exp(np.interp(share, np.maximum.accumulate(shares), np.log(factors))))
+        return float(np.exp2(np.interp(share, shares, np.log2(factors))))
