@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
@@ -28,7 +30,7 @@ class SpikeSlab(TorchDistribution):
     and `RectifiedNormal` is the member of the family whose draws carry pathwise gradients.
     """
 
-    arg_constraints = {"logits": constraints.real}  # noqa: RUF012  # pyright: ignore
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"logits": constraints.real}
     has_rsample = False
 
     def __init__(self, logits: Tensor, slab, validate_args=None):
@@ -87,7 +89,7 @@ class SpikeSlab(TorchDistribution):
         level = torch.where(is_below | is_above, level, 0.5).clamp(1e-7, 1 - 1e-7)
         return torch.where(is_below | is_above, self.slab.icdf(level), 0.0)
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape=torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
             is_active = torch.rand(shape, device=self.logits.device) < self.p_active
@@ -101,7 +103,7 @@ class RectifiedNormal(SpikeSlab):
     Its draws are reparametrised: max(0, loc + scale e) is continuous in loc and scale.
     """
 
-    arg_constraints = {  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "loc": constraints.real,
         "scale": constraints.positive,
     }
@@ -120,12 +122,12 @@ class RectifiedNormal(SpikeSlab):
             self.loc.expand(batch_shape), self.scale.expand(batch_shape), validate_args=False
         )
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return torch.relu(self.loc + self.scale * noise)
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape=torch.Size()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 

@@ -299,7 +299,7 @@ class _ExpandRow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, gradient: Tensor):
         return sum_over_tokens(gradient), None
 
 
@@ -326,7 +326,7 @@ class _Weigh(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, gradient: Tensor):
         (moment,) = ctx.saved_tensors
         weighted = gradient * moment
         return sum_over_tokens(weighted) if ctx.is_one_row else weighted, None

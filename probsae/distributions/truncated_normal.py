@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from pyro.distributions import (
@@ -72,7 +73,7 @@ class TruncatedNormal(TorchDistribution):
         Location and scale of the normal before truncation, in the units of the codes.
     """
 
-    arg_constraints = {  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "loc": constraints.real,
         "scale": constraints.positive,
     }
@@ -123,7 +124,7 @@ class TruncatedNormal(TorchDistribution):
         tail = ((1 - value.double()) * mass).clamp(min=1e-300)
         return (self.scale * (ratio - torch.special.ndtri(tail))).clamp(min=0).to(self.scale.dtype)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:
         """Draw by inversion; gradients are those of the implicit function F(z; loc, scale) = u."""
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
@@ -18,6 +19,7 @@ from probsae.inference.callbacks import Callback, FitState, load_checkpoint
 from probsae.inference.schedule import Schedule
 from probsae.inference.step import Precision, Step, products_in, training_step
 from probsae.models.base import SparseDictionary
+from probsae.models.code_priors import typical_code_size
 
 # Tokens that set location and scales before the first step: the deviation of a mean over them
 # is 1.5% of the data's, well inside what the first hundred steps move.
@@ -141,7 +143,7 @@ def fit(
     model.to(device)
     model.initialize_(first)
     model.n_tokens = n_tokens or _size_of(data) or n_steps * batch_size
-    optimizer = _adam(model, unit=_typical_size(first - model.b_dec.detach()))
+    optimizer = _adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
     step = training_step(model, elbo, compile, batch_size, n_steps)
     cuda = [device] if device.type == "cuda" else []
@@ -226,7 +228,8 @@ class _FiniteGuard:
         self.flag = torch.zeros((), device=state.device)
         self.first_bad_step = torch.zeros((), device=state.device)
         self.good_buffers = self._buffers()
-        state.optimizer.found_inf = self.flag  # type: ignore[attr-defined]  # read by fused Adam
+        optimizer: Any = state.optimizer
+        optimizer.found_inf = self.flag  # read by fused Adam
 
     def _buffers(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.state.model.named_buffers()}
@@ -291,16 +294,11 @@ def _size_of(data: object) -> int | None:
     return size if shape is None else int(shape[0])
 
 
-def _typical_size(x_centered: Tensor) -> float:
-    """Return a code's likely size, the unit of dimensional parameters' learning rates.
-
-    With about 30 features active a token (.04 of 768), a token's norm is sqrt(30) codes.
-    """
-    return max(float(x_centered.norm(dim=1).median()) / 30**0.5, 1e-12)
-
-
 def _adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:
-    """Group parameters by unit and by whether they wait for the KL warm-up."""
+    """Group parameters by unit and by whether they wait for the KL warm-up.
+
+    `unit` is a code's likely size, that of dimensional parameters' learning rates.
+    """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     factors = model.learning_rate_factors
     for name, parameter in model.named_parameters():

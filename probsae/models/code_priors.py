@@ -19,6 +19,7 @@ Slab = Literal["normal", "half_normal", "truncated_normal"]
 # Where gates begin: .04 x 768 is some 30 features a token, enough that each gets a gradient.
 _INITIAL_RATE = 0.04
 TYPICAL_L0 = 30
+"""Features a token takes where a fit begins: what data-driven initial scales assume."""
 
 
 def slab_law(slab: Slab, loc: Tensor, scale: Tensor) -> Distribution:
@@ -106,7 +107,7 @@ def typical_code_size(x_centered: Float[Tensor, "token d_in"]) -> float:
 def leading_variance_share(
     x_centered: Float[Tensor, "token d_in"], n_iterations: int = 20
 ) -> float:
-    """Share of the variance along its leading axis, by power iteration."""
+    """Share of the variance, in [0, 1], along its leading axis (power iteration)."""
     axis = x_centered[x_centered.norm(dim=1).argmax()]
     for _ in range(n_iterations):
         axis = nn.functional.normalize((x_centered @ axis) @ x_centered, dim=0)
