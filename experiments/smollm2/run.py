@@ -49,9 +49,7 @@ class Plan:
     is_spliced: bool = True
 
 
-def plans(
-    frontier: tuple[int, ...], rates: tuple[float, ...], noise_scale: float, l1: float
-) -> Iterator[Plan]:
+def plans(frontier: tuple[int, ...], rates: tuple[float, ...], l1: float) -> Iterator[Plan]:
     """Yield the methods at one operating point, then the frontier at equal l0.
 
     Of the frontier only what stands at l0 = 32 is spliced into the language model.
@@ -62,11 +60,8 @@ def plans(
     yield Plan("PCA", "PCA")
     yield Plan("KMeans", "KMeans")
     for l0 in frontier:
-        fixed = {"learn_noise": False, "noise_scale": noise_scale}
-        is_spliced = l0 == 32
-        yield Plan(
-            f"SpikeSlab l0={l0}", "SpikeSlabDictionary", fixed, l0, is_spliced=is_spliced
-        )  # fmt: skip
+        is_spliced, name = l0 == 32, f"SpikeSlab l0={l0}"
+        yield Plan(name, "SpikeSlabDictionary", {"learn_noise": False}, l0, None, is_spliced)
         for family in ("TopK", "BatchTopK"):
             for rate in rates:
                 name = f"{family} k={l0} rate={rate}"
@@ -153,7 +148,7 @@ def main(
     n_steps: int = 1_500,
     batch_size: int = 512,
     frontier: tuple[int, ...] = (8, 16, 32, 64),
-    rates: tuple[float, ...] = (1e-3, 3e-3),
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2),
     n_contexts: int = 32,
     context_length: int = 128,
     seed: int = 0,
@@ -177,7 +172,7 @@ def main(
     results_file = out / f"{folder.name}.json"
     rows = json.loads(results_file.read_text()) if results_file.exists() else {}
     # A lone code is pulled down by half the coefficient: a tenth of a typical code's size.
-    for plan in plans(frontier, rates, noise_scale=0.5 * scale, l1=2 * scale):
+    for plan in plans(frontier, rates, l1=2 * scale):
         if plan.name not in rows:
             dictionary = fit_plan(plan, train, d_sae, n_steps, batch_size, seed)
             tokens = token_ids if plan.is_spliced else None
