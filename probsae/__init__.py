@@ -6,6 +6,7 @@ from probsae import baselines, inference, metrics, models
 from probsae.estimator import DictionaryEstimator
 from probsae.evaluate import Report, evaluate
 from probsae.inference.fit import FitResult, fit
+from probsae.inference.refine import refine
 from probsae.models import (
     BatchTopKSAE,
     CodePosterior,
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "metrics",
     "models",
+    "refine",
     "save",
     "to_arviz",
 ]

@@ -27,7 +27,8 @@ import probsae as ps
 from probsae.synthetic import Correlation
 
 RESULTS = Path(__file__).parent / "results"
-D_SAE, BATCH_SIZE, N_TUNING_STEPS, N_STEPS = 768, 1_024, 1_000, 2_000
+D_SAE, BATCH_SIZE, N_TUNING_STEPS = 768, 1_024, 1_000
+N_STEPS = {0.05: 2_000, 0.0: 4_000}  # by noise scale; without noise every feature is to be found
 CORRELATIONS: dict[str, Correlation | None] = {"none": None, "copula": "copula"}
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 CONDITIONS = tuple((noise, kind) for kind in CORRELATIONS for noise in (0.05, 0.0))
@@ -93,9 +94,12 @@ class Job:
 def tuning_jobs() -> list[Job]:
     """Grids of the deterministic SAEs; k may know the truth."""
     grids = [
-        ("TopKSAE", [{"k": k} for k in (4, 5, 6)]),
-        ("BatchTopKSAE", [{"k": k} for k in (4, 5, 6)]),
+        ("TopKSAE", [{"k": k} for k in (4, 5, 6, 8)]),
+        ("BatchTopKSAE", [{"k": k} for k in (4, 5, 6, 8)]),
+        ("MatryoshkaSAE", [{"k": k} for k in (4, 6, 8)]),
         ("ReLUSAE", [{"l1_coefficient": c} for c in (0.03, 0.1, 0.2)]),
+        ("GatedSAE", [{"l1_coefficient": c} for c in (0.1, 0.2, 0.4)]),
+        ("JumpReLUSAE", [{"l0_coefficient": c} for c in (0.02, 0.05, 0.1)]),
     ]
     return [
         Job(model, noise, "none", TUNING_SEED, options, rate)
@@ -121,9 +125,9 @@ def comparison_jobs() -> list[Job]:
     """Spike-and-slab at its defaults, the others as tuned for F1, on every condition and seed."""
     jobs = []
     for (noise, correlation), seed in product(CONDITIONS, SEEDS):
-        jobs.append(Job("SpikeSlabDictionary", noise, correlation, seed, n_steps=N_STEPS))
+        jobs.append(Job("SpikeSlabDictionary", noise, correlation, seed, n_steps=N_STEPS[noise]))
         for model, (options, rate) in best_settings(noise, "best_f1").items():
-            jobs.append(Job(model, noise, correlation, seed, options, rate, N_STEPS))
+            jobs.append(Job(model, noise, correlation, seed, options, rate, N_STEPS[noise]))
     return jobs
 
 

@@ -2,7 +2,9 @@
 
 from probsae.inference.callbacks import Callback, Checkpoint, FeatureTracker, FitState
 from probsae.inference.elbo import ElboTerms, ExactELBO, Objective, elbo_terms, objective
-from probsae.inference.fit import FitResult, NonFiniteElboError, fit
+from probsae.inference.exact import GibbsDraws, enumerate_supports, gibbs, nuts
+from probsae.inference.fit import FitResult, NoiseFloorWarning, NonFiniteElboError, fit
+from probsae.inference.refine import refine
 from probsae.inference.resample import ResampleDeadFeatures
 from probsae.inference.schedule import Schedule
 from probsae.inference.target_l0 import TargetL0
@@ -16,6 +18,8 @@ __all__ = [
     "FeatureTracker",
     "FitResult",
     "FitState",
+    "GibbsDraws",
+    "NoiseFloorWarning",
     "NonFiniteElboError",
     "Objective",
     "ResampleDeadFeatures",
@@ -23,6 +27,10 @@ __all__ = [
     "TargetL0",
     "WandbLogger",
     "elbo_terms",
+    "enumerate_supports",
     "fit",
+    "gibbs",
+    "nuts",
     "objective",
+    "refine",
 ]

@@ -53,6 +53,10 @@ class NonFiniteElboError(FloatingPointError):
     """A fit met NaN or infinity; the model keeps its parameters of the last good step."""
 
 
+class NoiseFloorWarning(UserWarning):
+    """A fit ended with the learned noise scale on its floor."""
+
+
 def fit(
     model: SparseDictionary,
     data: ActivationData,
@@ -93,7 +97,8 @@ def fit(
     callbacks : iterable of Callback
         Run after each step, in order.
     schedule : Schedule, optional
-        Warm-up of the KL term and the course of the learning rate.
+        Warm-up of the KL term, and the course of the learning rate and of the noise floor; the
+        family's own where None.
     elbo : pyro.infer.ELBO, optional
         Any Pyro ELBO, on the model's Pyro programs, instead of the closed form. A model whose
         decoder is not linear uses `TraceMeanField_ELBO()`.
@@ -135,7 +140,7 @@ def fit(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    schedule = schedule or Schedule()
+    schedule = schedule or Schedule(**model.schedule_defaults)
     learning_rate = model.default_learning_rate if learning_rate is None else learning_rate
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
@@ -158,6 +163,7 @@ def fit(
         finally:
             model.noise_factor.fill_(1.0)
             model.eval()
+    _warn_of_binding_floor(model)
     return FitResult(model, state.history, state.step, state.step * batch_size)
 
 
@@ -214,6 +220,19 @@ def _run(
         )
     for callback in callbacks:
         callback.on_end(state)
+
+
+def _warn_of_binding_floor(model: SparseDictionary) -> None:
+    """Say so where the noise scale ended on its floor: the posterior is then as wide as that."""
+    floor = float(model.noise_floor)
+    if model.learn_noise and float(model.noise_scale.detach()) <= 1.001 * floor:
+        warnings.warn(
+            f"the learned noise scale lies on its floor, {floor:.3g}: the dictionary explains the "
+            "data better than that, and p_active and intervals are those of noise at the floor; "
+            "pass a smaller noise_floor for sharper ones",
+            NoiseFloorWarning,
+            stacklevel=3,
+        )
 
 
 class _FiniteGuard:

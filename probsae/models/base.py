@@ -33,6 +33,8 @@ class CodePosterior:
         exceeds this size, by default of the models the noise scale.
     pre_activation : Tensor of shape (token, d_sae), optional
         What the encoder computed before its non-linearity, for losses that need it.
+    log_evidence : Tensor of shape (token,), optional
+        log p(x), nats, where it is known (`probsae.inference.exact`).
 
     Notes
     -----
@@ -44,10 +46,12 @@ class CodePosterior:
         distribution: Distribution,
         activity_threshold: float | Tensor = 0.0,
         pre_activation: Tensor | None = None,
+        log_evidence: Tensor | None = None,
     ):
         self.distribution = distribution
         self.activity_threshold = activity_threshold
         self.pre_activation = pre_activation
+        self.log_evidence = log_evidence
 
     @property
     def mean(self) -> Float[Tensor, "token d_sae"]:
@@ -150,6 +154,9 @@ class SparseDictionary(nn.Module, ABC):
     learning_rate_factors: ClassVar[dict[str, float]] = {"log_noise_scale": 5.0}
     """Learning rates of single parameters, as multiples of the fit's. Every dimension of every
     token informs the noise scale: it can follow at once what the others leave unexplained."""
+
+    schedule_defaults: ClassVar[dict[str, float]] = {}
+    """Arguments of `inference.Schedule` where `fit` is given none, as far as they differ."""
 
     couples_tokens: bool = False
     """Whether a token's loss depends on its batch, or training counts its calls: such a model is
@@ -260,19 +267,27 @@ class SparseDictionary(nn.Module, ABC):
         """Return the features' directions: unit rows, detached."""
         return self.directions.detach()
 
-    def encode(self, x: Tensor | np.ndarray) -> CodePosterior:
+    def encode(self, x: Tensor | np.ndarray, refine: bool = False) -> CodePosterior:
         """Return the posterior of the codes of `x`, without gradient, in evaluation mode.
 
         Parameters
         ----------
         x : tensor or array, shape (token, d_in)
             Activations, in the units of the fit.
+        refine : bool, default False
+            Improve it by coordinate ascent, see `probsae.refine`.
 
         Raises
         ------
         ValueError
             If `x` has another width, no rows, or values that are not finite.
+        TypeError
+            If it is to be refined and the prior is not spike-and-slab.
         """
+        if refine:
+            from probsae.inference.refine import refine as refined  # it imports the models
+
+            return refined(self, x)
         x = check_activations(x, self.d_in).to(self.b_dec)
         was_training = self.training
         self.eval()

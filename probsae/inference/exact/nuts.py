@@ -1,0 +1,82 @@
+"""Hamiltonian sampling of the codes, for priors with a density."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from torch import Tensor
+
+from probsae.activations.source import check_activations
+from probsae.distributions import SpikeSlab
+from probsae.models.base import SparseDictionary
+
+
+def nuts(
+    model: SparseDictionary,
+    x: Float[Tensor, "token d_in"] | np.ndarray,
+    *,
+    n_draws: int = 1_000,
+    n_warmup: int = 500,
+    n_chains: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+) -> Float[Tensor, "chain draw token d_sae"]:
+    """Sample the codes of `x` with the No-U-Turn sampler, the dictionary held.
+
+    Parameters
+    ----------
+    model : SparseDictionary
+        With a continuous prior: `LaplaceDictionary`, or `SparseVAE(prior="laplace")`.
+    x : tensor or array, shape (token, d_in)
+        Activations; few, since all codes are one space.
+    n_draws, n_warmup, n_chains : int
+        Draws kept, steps of adaptation, chains (one after the other).
+    seed : int
+        Of the draws.
+    progress : bool
+        Show Pyro's bar.
+
+    Raises
+    ------
+    TypeError
+        If the prior has an atom at zero or the model is deterministic: NUTS needs a density. Use
+        `gibbs` for spike-and-slab.
+
+    Notes
+    -----
+    Source: Hoffman and Gelman (2014), through `pyro.infer.MCMC` on the model's own Pyro program.
+
+    Examples
+    --------
+    >>> import probsae as ps
+    >>> model, x = ps.LaplaceDictionary(d_in=2, d_sae=3), torch.randn(2, 2)
+    >>> tuple(ps.inference.nuts(model, x, n_draws=5, n_warmup=5).shape)
+    (1, 5, 2, 3)
+    """
+    prior = model.prior()
+    if model.is_deterministic or isinstance(getattr(prior, "base_dist", prior), SpikeSlab):
+        raise TypeError(
+            f"NUTS needs codes with a density, and {type(model).__name__} has an atom at zero or "
+            "no posterior; use inference.gibbs for spike-and-slab"
+        )
+    x = check_activations(x, model.d_in).to(model.b_dec)
+    fixed = copy.deepcopy(model).requires_grad_(False)  # the gradient is the codes' alone
+    program = poutine.block(fixed.model, hide_types=["param"])
+    draws = []
+    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+        for chain in range(n_chains):
+            torch.manual_seed(seed + chain)
+            sampler = MCMC(
+                NUTS(program),
+                num_samples=n_draws,
+                warmup_steps=n_warmup,
+                disable_progbar=not progress,
+            )
+            sampler.run(x)
+            draws.append(sampler.get_samples()["codes"])
+    return torch.stack(draws)

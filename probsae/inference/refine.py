@@ -1,0 +1,201 @@
+"""Coordinate ascent on the codes of each token, from the encoder's posterior on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from probsae.activations.source import check_activations
+from probsae.distributions import SpikeSlab, TiltedSpikeSlab
+from probsae.inference.elbo import require_linear_decoder
+from probsae.models.base import CodePosterior, SparseDictionary
+
+# Numbers that the candidates' directions of a chunk of tokens may take: 64 MiB in float32.
+_MAX_GATHERED = 2**24
+
+
+@torch.no_grad()
+def refine(
+    model: SparseDictionary,
+    x: Float[Tensor, "token d_in"] | np.ndarray,
+    n_sweeps: int = 3,
+    n_candidates: int = 24,
+) -> CodePosterior:
+    """Improve the encoder's posterior of each token by coordinate ascent on its ELBO.
+
+    The `n_candidates` features that are most probably active, by the encoder or by what it leaves
+    unexplained, are visited in turn, and each is given its optimal factor in closed form while
+    the others are held. The remaining features keep the encoder's posterior. A sweep that does
+    not raise a token's ELBO is not taken for that token.
+
+    Parameters
+    ----------
+    model : SparseDictionary
+        With a spike-and-slab prior, of whatever slab, and a linear decoder.
+    x : tensor or array, shape (token, d_in)
+        Activations, in the units of the fit.
+    n_sweeps : int, default 3
+        Visits to each candidate.
+    n_candidates : int, default 24
+        Features visited for each token; all of them where the model has fewer.
+
+    Returns
+    -------
+    CodePosterior
+        Of every token and feature. Beside it, memory for some 16 million numbers is used,
+        whatever the number of tokens and features.
+
+    Raises
+    ------
+    TypeError
+        If the model's prior is not spike-and-slab: the optimal factor is not in closed form then,
+        or (for a deterministic SAE) there is no posterior.
+    ValueError
+        If the decoder is not linear, `n_sweeps` or `n_candidates` is below 1, or the activations
+        are not usable.
+
+    Notes
+    -----
+    Source: Titsias and Lazaro-Gredilla (2011), "Spike and slab variational inference for
+    multi-task and multiple kernel learning", equations 9-12. Updates of all features at once
+    would diverge; in turn, each one raises the ELBO.
+
+    Examples
+    --------
+    >>> import probsae as ps
+    >>> model, x = ps.SpikeSlabDictionary(d_in=8, d_sae=16), torch.randn(4, 8)
+    >>> before = ps.inference.elbo_terms(model, x).elbo
+    >>> after = ps.inference.elbo_terms(model, x, ps.refine(model, x)).elbo
+    >>> bool((after >= before - 1e-4).all())
+    True
+    """
+    for name, value in (("n_sweeps", n_sweeps), ("n_candidates", n_candidates)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    prior = spike_slab_prior(model)
+    require_linear_decoder(model)
+    x = check_activations(x, model.d_in).to(model.b_dec)
+    n_candidates = min(n_candidates, model.d_sae)
+    chunk = max(1, _MAX_GATHERED // (n_candidates * (model.d_in + n_candidates)))
+    parts = [_refine_chunk(model, prior, part, n_sweeps, n_candidates) for part in x.split(chunk)]
+    law = _Law(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    return CodePosterior(law.as_distribution(type(prior.slab)))
+
+
+def spike_slab_prior(model: SparseDictionary) -> SpikeSlab:
+    """Return the model's prior, one row, without gradient.
+
+    Raises
+    ------
+    TypeError
+        If it is not spike-and-slab.
+    """
+    prior = model.prior()
+    law = getattr(prior, "base_dist", prior)
+    if not isinstance(law, SpikeSlab):
+        raise TypeError(
+            f"coordinate ascent needs a spike-and-slab prior, and {type(model).__name__} has none; "
+            "use SpikeSlabDictionary, RectifiedGaussianDictionary, or SparseVAE with that prior"
+        )
+    return law.detach()
+
+
+class _Law(NamedTuple):
+    """A spike-and-slab law of each code, as numbers of shape (token, feature)."""
+
+    logits: Tensor
+    loc: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(law: SpikeSlab, n_tokens: int) -> _Law:
+        shape = (n_tokens, law.batch_shape[-1])
+        values = (law.logits, law.slab.loc, law.slab.scale)
+        return _Law(*(value.expand(shape) for value in values))
+
+    def gather(self, index: Int[Tensor, "token candidate"]) -> _Law:
+        return _Law(*(value.gather(1, index) for value in self))
+
+    def scatter(self, index: Int[Tensor, "token candidate"], part: _Law) -> _Law:
+        return _Law(*(a.scatter(1, index, b) for a, b in zip(self, part, strict=True)))
+
+    def as_distribution(self, slab: type) -> SpikeSlab:
+        law = slab(self.loc, self.scale, validate_args=False)
+        return SpikeSlab(self.logits, law, validate_args=False)
+
+
+def _refine_chunk(
+    model: SparseDictionary, prior: SpikeSlab, x: Tensor, n_sweeps: int, n_candidates: int
+) -> _Law:
+    """Refine some tokens."""
+    q = model.encode(x).distribution
+    assert isinstance(q, SpikeSlab)
+    directions, precision = model.directions, model.noise_scale.reciprocal().square()
+    residual = x - model.decode(q.mean)
+    optimum = TiltedSpikeSlab(prior, residual @ directions.T + q.mean, precision)
+    index = torch.maximum(q.logits, optimum.logits).topk(n_candidates, dim=1).indices
+    start, slab = _Law.of(q, len(x)), type(prior.slab)
+    candidates = directions[index]
+    ascent = _Ascent(
+        prior=_Law.of(prior, len(x)).gather(index).as_distribution(slab),
+        precision=precision,
+        gram=candidates @ candidates.mT,
+        correlation=(candidates @ residual[..., None])[..., 0],
+        mean=q.mean.gather(1, index),
+    )
+    q_candidates = start.gather(index).as_distribution(slab)
+    return start.scatter(index, ascent.run(q_candidates, n_sweeps))
+
+
+class _Ascent(NamedTuple):
+    """The problem of some candidates' codes, the others held: shapes (token, candidate).
+
+    `correlation` is that of each direction with the residual which the means `mean` leave.
+    """
+
+    prior: SpikeSlab
+    precision: Tensor
+    gram: Float[Tensor, "token candidate candidate"]
+    correlation: Float[Tensor, "token candidate"]
+    mean: Float[Tensor, "token candidate"]
+
+    def run(self, start: SpikeSlab, n_sweeps: int) -> _Law:
+        """Return each candidate's law after the sweeps that raised the token's ELBO."""
+        n_tokens = len(self.mean)
+        best, best_elbo = _Law.of(start, n_tokens), self.elbo(start)
+        mean = self.mean
+        for _ in range(n_sweeps):
+            evidence = self.sweep(mean)
+            q = TiltedSpikeSlab(self.prior, evidence, self.precision)
+            elbo = self.elbo(q)
+            is_better = (elbo > best_elbo)[:, None]
+            new = _Law.of(q, n_tokens)
+            best = _Law(*(torch.where(is_better, a, b) for a, b in zip(new, best, strict=True)))
+            best_elbo = torch.maximum(elbo, best_elbo)
+            mean = torch.where(is_better, q.mean, mean)
+        return best
+
+    def sweep(self, mean: Tensor) -> Tensor:
+        """Visit every candidate once; return the evidence that each was given."""
+        means, slab = list(mean.unbind(1)), self.prior.slab
+        correlation = self.correlation - ((mean - self.mean)[:, None] @ self.gram)[:, 0]
+        evidence = []
+        for i in range(len(means)):
+            evidence.append(correlation[:, i] + means[i])
+            law = type(slab)(slab.loc[:, i], slab.scale[:, i], validate_args=False)
+            prior = SpikeSlab(self.prior.logits[:, i], law, validate_args=False)
+            change = TiltedSpikeSlab(prior, evidence[i], self.precision).mean - means[i]
+            correlation = correlation - change[:, None] * self.gram[:, i]
+        return torch.stack(evidence, dim=1)
+
+    def elbo(self, q: SpikeSlab) -> Float[Tensor, " token"]:
+        """ELBO of each token up to what no candidate changes, nats."""
+        change = q.mean - self.mean
+        error = ((change[:, None] @ self.gram)[:, 0] - 2 * self.correlation) * change
+        divergence = kl_divergence(q, self.prior)
+        return -(0.5 * self.precision * (error + q.variance) + divergence).sum(1)

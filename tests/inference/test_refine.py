@@ -1,0 +1,132 @@
+"""Coordinate ascent on the codes: it climbs, it arrives, and it is exact where that is possible."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import probsae as ps
+from probsae.distributions import SpikeSlab
+from probsae.inference import elbo_terms
+from probsae.inference import refine as refine_function
+from probsae.models import CodePosterior
+
+MODELS = {
+    "truncated": lambda d_in, d_sae: ps.SpikeSlabDictionary(d_in, d_sae),
+    "normal": lambda d_in, d_sae: ps.SpikeSlabDictionary(d_in, d_sae, slab="normal"),
+    "half": lambda d_in, d_sae: ps.SpikeSlabDictionary(d_in, d_sae, slab="half_normal"),
+    "rectified": lambda d_in, d_sae: ps.RectifiedGaussianDictionary(d_in, d_sae),
+    "vae": lambda d_in, d_sae: ps.SparseVAE(d_in, d_sae),
+}
+
+
+def problem(name: str, d_in: int = 8, d_sae: int = 12, n_tokens: int = 40):
+    """A model that knows the features, and tokens that it explains imperfectly."""
+    torch.manual_seed(0)
+    data = ps.SyntheticActivations(d_in, d_sae, 2, decay=0.9, noise_scale=0.1, seed=0)
+    model = MODELS[name](d_in, d_sae)
+    model.initialize_(data.sample(2_000)[0])
+    with torch.no_grad():
+        model.W_dec.copy_(data.features)
+        model.W_enc.copy_(data.features.T)
+        model.b_dec.zero_()
+        model.log_noise_scale.fill_(0.1).log_()
+        model.code_prior.rate_logit.copy_(data.firing_probability.logit())
+    return model, data.sample(n_tokens)[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_token_loses_and_more_sweeps_gain(name):
+    model, x = problem(name)
+    elbos = [elbo_terms(model, x).elbo.detach()]
+    for n_sweeps in (1, 3, 10):
+        refined = ps.refine(model, x, n_sweeps=n_sweeps)
+        elbos.append(elbo_terms(model, x, refined).elbo.detach())
+    for before, after in itertools.pairwise(elbos):
+        assert (after - before).min() > -1e-4
+        assert (after - before).mean() >= 0
+    assert (elbos[1] - elbos[0]).mean() > 0.05
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_where_it_arrives_no_factor_can_be_improved(name):
+    model, x = problem(name)
+    q = ps.refine(model, x, n_sweeps=40, n_candidates=12).distribution
+    best = elbo_terms(model, x, CodePosterior(q)).elbo.detach()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        feature = int(torch.randint(12, (), generator=generator))
+        logits, loc, scale = q.logits.clone(), q.slab.loc.clone(), q.slab.scale.clone()
+        step = 0.3 * torch.randn(3, generator=generator)
+        logits[:, feature] += step[0]
+        loc[:, feature] += step[1] * scale[:, feature]
+        scale[:, feature] *= step[2].exp()
+        other = SpikeSlab(logits, type(q.slab)(loc, scale, validate_args=False))
+        worse = elbo_terms(model, x, CodePosterior(other)).elbo.detach()
+        assert (worse - best).max() < 2e-4
+
+
+@pytest.mark.parametrize("name", ["truncated", "normal", "half", "rectified"])
+def test_it_is_the_exact_posterior_where_features_do_not_overlap(name):
+    model, x = problem(name, d_in=8, d_sae=8)
+    with torch.no_grad():
+        model.W_dec.copy_(torch.eye(8))
+    exact = ps.inference.enumerate_supports(model, x)
+    refined = ps.refine(model, x)
+    gap = exact.log_evidence - elbo_terms(model, x, refined).elbo.detach()
+    assert gap.abs().max() < 2e-3
+    torch.testing.assert_close(refined.p_active, exact.p_active.float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(refined.mean, exact.mean.float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(refined.variance, exact.variance.float(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_nears_the_gold_posterior(name):
+    model, x = problem(name, d_in=6, d_sae=8, n_tokens=20)
+    exact = ps.inference.enumerate_supports(model, x, n_points=64)
+
+    def distances(posterior: CodePosterior) -> tuple[float, ...]:
+        gap = exact.log_evidence - elbo_terms(model, x, posterior).elbo.detach()
+        assert gap.min() > -2e-3  # a lower bound, token by token
+        errors = (posterior.p_active - exact.p_active, posterior.mean - exact.mean)
+        return float(gap.mean()), *(float(error.abs().mean()) for error in errors)
+
+    encoder, refined = distances(model.encode(x)), distances(ps.refine(model, x, n_sweeps=10))
+    assert all(after < before for before, after in zip(encoder, refined, strict=True))
+    assert refined[0] < 0.3
+
+
+def test_encode_refines_on_request():
+    model, x = problem("truncated")
+    torch.testing.assert_close(model.encode(x, refine=True).mean, ps.refine(model, x).mean)
+
+
+def test_tokens_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
+    model, x = problem("truncated")
+    whole = ps.refine(model, x)
+    monkeypatch.setitem(refine_function.__globals__, "_MAX_GATHERED", 12 * 20 * 7)
+    torch.testing.assert_close(ps.refine(model, x).mean, whole.mean)
+
+
+def test_other_features_keep_the_encoders_posterior():
+    model, x = problem("truncated")
+    encoder, refined = model.encode(x), ps.refine(model, x, n_candidates=3)
+    is_changed = (encoder.p_active - refined.p_active).abs() > 1e-6
+    assert is_changed.sum() > 0
+    assert is_changed.sum(1).max() <= 3
+
+
+def test_says_what_it_cannot_refine():
+    x = torch.randn(3, 8)
+    with pytest.raises(TypeError, match="LaplaceDictionary has none"):
+        ps.refine(ps.LaplaceDictionary(8, 12), x)
+    with pytest.raises(TypeError, match="TopKSAE has none"):
+        ps.TopKSAE(8, 12, k=2).encode(x, refine=True)
+    with pytest.raises(ValueError, match="linear decoder"):
+        ps.refine(ps.SparseVAE(8, 12, decoder_hidden=4), x)
+    with pytest.raises(ValueError, match="n_sweeps"):
+        ps.refine(ps.SpikeSlabDictionary(8, 12), x, n_sweeps=0)
+    with pytest.raises(ValueError, match="d_in=8 columns"):
+        ps.refine(ps.SpikeSlabDictionary(8, 12), x[:, :5])
