@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from probsae.distributions import RectifiedNormal
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
-from probsae.models.code_priors import SpikeSlabPrior, typical_code_size
+from probsae.models.code_priors import GENTLE_SCHEDULE, SpikeSlabPrior, typical_code_size
 
 
 class RectifiedGaussianDictionary(SparseDictionary):
@@ -39,9 +39,10 @@ class RectifiedGaussianDictionary(SparseDictionary):
     True
     """
 
-    default_learning_rate = 5e-3
+    default_learning_rate = 1e-2
     dimensional = ("b_dec", "b_enc", "code_prior.slab_mean")
     frozen_in_warmup = ("code_prior.rate_logit",)
+    schedule_defaults = GENTLE_SCHEDULE
 
     def __init__(
         self,

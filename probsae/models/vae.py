@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from probsae.distributions import RectifiedNormal
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
-from probsae.models.code_priors import SpikeSlabPrior, typical_code_size
+from probsae.models.code_priors import GENTLE_SCHEDULE, SpikeSlabPrior, typical_code_size
 
 Prior = Literal["spike_slab", "laplace"]
 
@@ -55,6 +55,7 @@ class SparseVAE(SparseDictionary):
     default_learning_rate = 3e-3
     dimensional = ("b_dec", "code_prior.slab_mean")
     frozen_in_warmup = ("code_prior.rate_logit",)
+    schedule_defaults = GENTLE_SCHEDULE
 
     data_scale: Tensor
 
