@@ -42,7 +42,7 @@ _USER_ERRORS = (ValueError, TypeError, OSError, MemoryError, ModuleNotFoundError
 
 def compare(
     out: Path = Path("runs/compare"),
-    n_steps: int = 800,
+    n_steps: int = 700,
     d_sae: int = 768,
     d_in: int = 256,
     n_features: int = 512,

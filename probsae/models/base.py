@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -155,7 +157,7 @@ class SparseDictionary(nn.Module, ABC):
     """Learning rates of single parameters, as multiples of the fit's. Every dimension of every
     token informs the noise scale: it can follow at once what the others leave unexplained."""
 
-    schedule_defaults: ClassVar[dict[str, float]] = {}
+    schedule_defaults: Mapping[str, float] = MappingProxyType({})
     """Arguments of `inference.Schedule` where `fit` is given none, as far as they differ."""
 
     couples_tokens: bool = False

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from probsae.distributions import TruncatedNormal
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
-from probsae.models.code_priors import typical_code_size
+from probsae.models.code_priors import GENTLE_SCHEDULE, typical_code_size
 
 
 class LaplaceDictionary(SparseDictionary):
@@ -64,6 +64,8 @@ class LaplaceDictionary(SparseDictionary):
             d_in, d_sae, noise_scale=noise_scale, noise_floor=noise_floor, learn_noise=learn_noise
         )
         self.nonnegative = nonnegative
+        if nonnegative:
+            self.schedule_defaults = GENTLE_SCHEDULE
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.log_prior_scale = nn.Parameter(torch.zeros(d_sae))
         self.log_threshold = nn.Parameter(torch.zeros(d_sae))
