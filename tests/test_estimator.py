@@ -8,6 +8,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import probsae as ps
+from probsae.inference import NoiseFloorWarning
 
 
 @parametrize_with_checks(
@@ -23,7 +24,8 @@ def test_scikit_learn_checks(estimator, check):
 def test_finds_known_features_and_gives_probabilities():
     data = ps.SyntheticActivations(d_in=16, n_features=12, n_active=1, seed=0)
     X = data.sample(4096)[0].numpy()
-    estimator = ps.DictionaryEstimator(n_components=16, n_steps=1000).fit(X)
+    with pytest.warns(NoiseFloorWarning, match="lies on its floor"):  # the data have no noise
+        estimator = ps.DictionaryEstimator(n_components=16, n_steps=1000).fit(X)
     assert ps.metrics.mmcs(torch.from_numpy(estimator.components_), data.features) > 0.95
     p = estimator.predict_proba(X)
     assert 0 <= p.min() <= p.max() <= 1
