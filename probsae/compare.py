@@ -43,7 +43,7 @@ def _baseline(name: str, n_tokens: int | None = None) -> Build:
 
 STORY: dict[str, Build] = {
     "SpikeSlab": _model("SpikeSlabDictionary"),
-    # Rates by trial on seed 100, 800 steps: at the defaults MMCS is .47 for both.
+    # By trial on seed 100, 800 steps: MMCS .73 for Laplace, .81 for ReLU (.47 at its default rate).
     "Laplace": _model("LaplaceDictionary", learning_rate=0.04, nonnegative=True),
     "ReLU": _model("ReLUSAE", learning_rate=0.03),
     "TopK": _topk("TopKSAE"),

@@ -7,10 +7,10 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401 - the hook below looks it up
+from tests import typecheck
 
 os.environ.setdefault("WANDB_SILENT", "true")
-install_import_hook("probsae", "tests.typecheck.check")
+install_import_hook("probsae", f"{typecheck.__name__}.check")
 
 # Threads beyond the cores slow small products down; xdist's workers share them.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab, TiltedSpikeSlab
 from probsae.inference.elbo import require_linear_decoder
 from probsae.models.base import CodePosterior, SparseDictionary
 
-# Numbers that the candidates' directions of a chunk of tokens may take: 64 MiB in float32.
-_MAX_GATHERED = 2**24
+# Numbers that one array of a chunk of tokens may hold: 64 MiB in float32.
+_MAX_NUMBERS = 2**24
 
 
 @torch.no_grad()
@@ -47,8 +47,8 @@ def refine(
     Returns
     -------
     CodePosterior
-        Of every token and feature. Beside it, memory for some 16 million numbers is used,
-        whatever the number of tokens and features.
+        Of every token and feature. Beside it, memory is used for some arrays of at most 16
+        million numbers, however many tokens and features there are.
 
     Raises
     ------
@@ -81,10 +81,17 @@ def refine(
     require_linear_decoder(model)
     x = check_activations(x, model.d_in).to(model.b_dec)
     n_candidates = min(n_candidates, model.d_sae)
-    chunk = max(1, _MAX_GATHERED // (n_candidates * (model.d_in + n_candidates)))
+    widest = max(n_candidates * max(model.d_in, n_candidates), model.d_sae)
+    chunk = max(1, _MAX_NUMBERS // widest)
     parts = [_refine_chunk(model, prior, part, n_sweeps, n_candidates) for part in x.split(chunk)]
     law = _Law(*(torch.cat(values) for values in zip(*parts, strict=True)))
     return CodePosterior(law.as_distribution(type(prior.slab)))
+
+
+def code_law(model: SparseDictionary) -> Distribution:
+    """Return the prior of single codes: the model's, not taken as one event."""
+    prior = model.prior()
+    return getattr(prior, "base_dist", prior)
 
 
 def spike_slab_prior(model: SparseDictionary) -> SpikeSlab:
@@ -95,8 +102,7 @@ def spike_slab_prior(model: SparseDictionary) -> SpikeSlab:
     TypeError
         If it is not spike-and-slab.
     """
-    prior = model.prior()
-    law = getattr(prior, "base_dist", prior)
+    law = code_law(model)
     if not isinstance(law, SpikeSlab):
         raise TypeError(
             f"coordinate ascent needs a spike-and-slab prior, and {type(model).__name__} has none; "

@@ -152,6 +152,10 @@ def test_boundaries():
         gibbs(ps.LaplaceDictionary(4, 5), x)
     with pytest.raises(ValueError, match="weather"):
         gibbs(ps.SpikeSlabDictionary(4, 5), x, sample=["weather"])
+    with pytest.raises(ValueError, match="row_precision"):
+        gibbs(ps.SpikeSlabDictionary(4, 5), x, row_precision=0.0)
+    with pytest.raises(ValueError, match="n_draws"):
+        nuts(ps.LaplaceDictionary(4, 5), x, n_draws=0)
     with pytest.raises(TypeError, match=r"inference\.gibbs"):
         nuts(ps.SpikeSlabDictionary(4, 5), x)
     with pytest.raises(TypeError, match="no posterior"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 import probsae as ps
 from probsae.distributions import SpikeSlab
 from probsae.inference import elbo_terms
-from probsae.inference import refine as refine_function
 from probsae.models import CodePosterior
 
 MODELS = {
@@ -103,11 +103,25 @@ def test_encode_refines_on_request():
     torch.testing.assert_close(model.encode(x, refine=True).mean, ps.refine(model, x).mean)
 
 
-def test_tokens_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
+@pytest.mark.parametrize(
+    ("n_candidates", "limit", "chunk"),
+    [(12, 12 * 12 * 7, 7), (1, 24, 2)],  # the Gram matrix is widest; all features' codes are
+)
+def test_tokens_do_not_depend_on_the_chunk_they_are_in(monkeypatch, n_candidates, limit, chunk):
     model, x = problem("truncated")
-    whole = ps.refine(model, x)
-    monkeypatch.setitem(refine_function.__globals__, "_MAX_GATHERED", 12 * 20 * 7)
-    torch.testing.assert_close(ps.refine(model, x).mean, whole.mean)
+    whole = ps.refine(model, x, n_candidates=n_candidates)
+    module = importlib.import_module("probsae.inference.refine")
+    refine_chunk, sizes = module._refine_chunk, []
+
+    def counted(model, prior, x, *rest):
+        sizes.append(len(x))
+        return refine_chunk(model, prior, x, *rest)
+
+    monkeypatch.setattr(module, "_MAX_NUMBERS", limit)
+    monkeypatch.setattr(module, "_refine_chunk", counted)
+    torch.testing.assert_close(ps.refine(model, x, n_candidates=n_candidates).mean, whole.mean)
+    assert max(sizes) == chunk
+    assert sum(sizes) == len(x)
 
 
 def test_other_features_keep_the_encoders_posterior():

@@ -77,6 +77,11 @@ def gibbs(
     seed : int
         Of the draws.
 
+    Returns
+    -------
+    GibbsDraws
+        Float64.
+
     Raises
     ------
     ValueError
@@ -102,14 +107,17 @@ def gibbs(
         raise ValueError(f"sample takes {QUANTITIES}, got {sorted(unknown)}")
     if n_draws < 1 or n_warmup < 0 or n_chains < 1:
         raise ValueError("n_draws and n_chains must be at least 1, n_warmup at least 0")
+    row_precision = float(model.d_in) if row_precision is None else row_precision
+    if min(row_precision, *noise_prior) <= 0:
+        raise ValueError(
+            f"row_precision and noise_prior must be positive, got {row_precision} and {noise_prior}"
+        )
     prior = spike_slab_prior(model)
     require_linear_decoder(model)
     x = check_activations(x, model.d_in).to(model.b_dec)
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        chains = _GibbsState(
-            model, prior, x, n_chains, row_precision or float(model.d_in), noise_prior
-        )
+        chains = _GibbsState(model, prior, x, n_chains, row_precision, noise_prior)
         draws: list[tuple[Tensor, ...]] = []
         for step in range(n_warmup + n_draws):
             chains.advance(sample)

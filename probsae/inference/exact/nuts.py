@@ -13,6 +13,7 @@ from torch import Tensor
 
 from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab
+from probsae.inference.refine import code_law
 from probsae.models.base import SparseDictionary
 
 
@@ -41,8 +42,15 @@ def nuts(
     progress : bool
         Show Pyro's bar.
 
+    Returns
+    -------
+    Tensor, shape (chain, draw, token, d_sae)
+        Codes, units of the activations.
+
     Raises
     ------
+    ValueError
+        If a number of draws or chains is not usable, or the activations are not.
     TypeError
         If the prior has an atom at zero or the model is deterministic: NUTS needs a density. Use
         `gibbs` for spike-and-slab.
@@ -58,8 +66,9 @@ def nuts(
     >>> tuple(ps.inference.nuts(model, x, n_draws=5, n_warmup=5).shape)
     (1, 5, 2, 3)
     """
-    prior = model.prior()
-    if model.is_deterministic or isinstance(getattr(prior, "base_dist", prior), SpikeSlab):
+    if n_draws < 1 or n_warmup < 0 or n_chains < 1:
+        raise ValueError("n_draws and n_chains must be at least 1, n_warmup at least 0")
+    if model.is_deterministic or isinstance(code_law(model), SpikeSlab):
         raise TypeError(
             f"NUTS needs codes with a density, and {type(model).__name__} has an atom at zero or "
             "no posterior; use inference.gibbs for spike-and-slab"
