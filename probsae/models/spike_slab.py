@@ -22,6 +22,10 @@ from probsae.models.code_priors import (
     typical_code_size,
 )
 
+# A filter of norm c passes c times the noise scale, and c times what a lateral step leaves: wider
+# ones let the steps overshoot (docs/decisions/damping.md).
+MAX_FILTER_NORM = 1.2
+
 
 class SpikeSlabDictionary(SparseDictionary):
     r"""z_i ~ rate_i slab_i + (1 - rate_i) delta_0, inferred by an encoder with lateral steps.
@@ -154,6 +158,13 @@ class SpikeSlabDictionary(SparseDictionary):
     def scale_noise_(self, factor: Tensor) -> None:
         super().scale_noise_(factor)
         self.log_step_noise.add_(factor.log())
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Store unit rows of `W_dec`, and filters of at most `MAX_FILTER_NORM`."""
+        super().normalize_()
+        norms = self.W_enc.norm(dim=0)
+        self.W_enc.mul_(MAX_FILTER_NORM / norms.clamp(min=MAX_FILTER_NORM))
 
     def log_prior_parameters(self) -> Tensor:
         return self.code_prior.log_density_of_rates()
