@@ -5,7 +5,9 @@ from importlib.metadata import version
 from probsae import baselines, inference, metrics, models
 from probsae.estimator import DictionaryEstimator
 from probsae.evaluate import Report, evaluate
+from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.fit import FitResult, fit
+from probsae.inference.polish import polish
 from probsae.inference.refine import refine
 from probsae.models import (
     BatchTopKSAE,
@@ -33,6 +35,7 @@ __all__ = [
     "BatchTopKSAE",
     "CodePosterior",
     "DictionaryEstimator",
+    "DictionaryPosterior",
     "FitResult",
     "GatedSAE",
     "JumpReLUSAE",
@@ -54,6 +57,7 @@ __all__ = [
     "load",
     "metrics",
     "models",
+    "polish",
     "refine",
     "save",
     "to_arviz",

@@ -71,6 +71,13 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
     return x
 
 
+def size_of(data: object) -> int | None:
+    """Return the number of distinct tokens, where the data have one."""
+    size = getattr(data, "n_tokens", None)
+    shape = getattr(data, "shape", None)  # of a tensor or an array
+    return size if shape is None else int(shape[0])
+
+
 def batches(
     data: ActivationData,
     batch_size: int,

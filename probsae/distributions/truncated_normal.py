@@ -150,3 +150,24 @@ def _kl_truncated_truncated(q: TruncatedNormal, p: TruncatedNormal) -> Tensor:
 @register_kl(TruncatedNormal, Exponential)
 def _kl_truncated_exponential(q: TruncatedNormal, p: Exponential) -> Tensor:
     return p.rate * q.mean - p.rate.log() - q.entropy()
+
+
+def match_moments(mean: Tensor, variance: Tensor) -> TruncatedNormal:
+    """Return the law on the half line with this mean and variance, by bisection on its ratio.
+
+    The deviation of such a law is at most its mean; the nearest one stands for a larger one.
+    """
+    target = variance.sqrt() / mean
+    lower = torch.full_like(target, LOWEST_RATIO)
+    upper = torch.full_like(target, 10.0).maximum(2 / target.clamp(min=1e-12))
+    for _ in range(100):
+        middle = (lower + upper) / 2
+        law = TruncatedNormal(middle, torch.ones_like(middle), validate_args=False)
+        is_too_wide = law.variance.sqrt() / law.mean > target
+        lower, upper = (
+            torch.where(is_too_wide, middle, lower),
+            torch.where(is_too_wide, upper, middle),
+        )
+    law = TruncatedNormal(upper, torch.ones_like(upper), validate_args=False)
+    scale = mean / law.mean
+    return TruncatedNormal(upper * scale, scale, validate_args=False)

@@ -1,9 +1,11 @@
 """Inference: the exact ELBO, the fit loop, and what watches it."""
 
 from probsae.inference.callbacks import Callback, Checkpoint, FeatureTracker, FitState
+from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.elbo import ElboTerms, ExactELBO, Objective, elbo_terms, objective
 from probsae.inference.exact import GibbsDraws, enumerate_supports, gibbs, nuts
 from probsae.inference.fit import FitResult, NoiseFloorWarning, NonFiniteElboError, fit
+from probsae.inference.polish import polish
 from probsae.inference.refine import refine
 from probsae.inference.resample import ResampleDeadFeatures
 from probsae.inference.schedule import Schedule
@@ -13,6 +15,7 @@ from probsae.inference.wandb_logger import WandbLogger
 __all__ = [
     "Callback",
     "Checkpoint",
+    "DictionaryPosterior",
     "ElboTerms",
     "ExactELBO",
     "FeatureTracker",
@@ -32,5 +35,6 @@ __all__ = [
     "gibbs",
     "nuts",
     "objective",
+    "polish",
     "refine",
 ]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probsae.inference.elbo import Objective
+from probsae.inference.running_dictionary import RunningDictionary
 from probsae.metrics.recovery import max_cosines
 from probsae.models.base import SparseDictionary
 from probsae.models.files import atomic_write, save_dictionary
@@ -36,6 +37,8 @@ class FitState:
     """The step's activations."""
     objective: Objective | None = None
     """The step's losses, detached tensors on the device: reading one waits for the device."""
+    running_dictionary: RunningDictionary | None = None
+    """Statistics of the closed form that the dictionary follows, once it does."""
     history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
 
@@ -137,6 +140,8 @@ def save_checkpoint(path: Path, state: FitState) -> None:
         for name, value in moments.items()
     }
     tensors["rng"] = torch.get_rng_state()
+    if state.running_dictionary is not None:
+        tensors |= {f"running.{k}": v for k, v in state.running_dictionary.tensors().items()}
     progress = {"step": state.step, "n_steps": state.n_steps, "seed": state.seed}
     with atomic_write(path) as folder:
         save_dictionary(state.model, folder)
@@ -168,6 +173,11 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
     tensors = load_file(path / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng"))
     moments: dict[int, dict[str, Tensor]] = {}
+    running = {key: tensors.pop(key) for key in list(tensors) if key.startswith("running.")}
+    if running:
+        state.running_dictionary = RunningDictionary(state.model)
+        for key, value in state.running_dictionary.tensors().items():
+            value.copy_(running[f"running.{key}"])
     for key, value in tensors.items():
         index, name = key.split(".")
         moments.setdefault(int(index), {})[name] = value

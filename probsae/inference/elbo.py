@@ -59,6 +59,10 @@ class Objective(NamedTuple):
     """Fraction of the batch's variance unexplained by the posterior mean; lower is better."""
     firing_rate: Float[Tensor, " d_sae"]
     """Mean p_active of each feature over the batch."""
+    code_spread: Float[Tensor, " d_sae"]
+    """Mean Var z of each feature over the batch, units of the activations squared."""
+    code_mean: Float[Tensor, "token d_sae"]
+    """E z of each token, units of the activations."""
 
     @property
     def l0(self) -> Tensor:
@@ -126,6 +130,8 @@ def objective(
         auxiliary=auxiliary.detach(),
         fvu=terms.squared_error.detach().sum() / total_variance,
         firing_rate=posterior.p_active.detach().mean(0),
+        code_spread=posterior.variance.detach().mean(0),
+        code_mean=posterior.mean.detach(),
     )
 
 

@@ -14,8 +14,9 @@ from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probsae.activations.source import ActivationData, batches, check_activations
+from probsae.activations.source import ActivationData, batches, check_activations, size_of
 from probsae.inference.callbacks import Callback, FitState, load_checkpoint
+from probsae.inference.running_dictionary import RunningDictionary
 from probsae.inference.schedule import Schedule
 from probsae.inference.step import Precision, Step, products_in, training_step
 from probsae.models.base import SparseDictionary
@@ -147,7 +148,7 @@ def fit(
     first, stream = _open(data, batch_size, n_steps, seed, device, model.d_in)
     model.to(device)
     model.initialize_(first)
-    model.n_tokens = n_tokens or _size_of(data) or n_steps * batch_size
+    model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size
     optimizer = _adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
     step = training_step(model, elbo, compile, batch_size, n_steps)
@@ -206,6 +207,8 @@ def _run(
             if state.device.type == "cpu" or (state.step + 1) % _CHECK_EVERY == 0 or is_last:
                 guard.check()  # before anything else touches the parameters
             state.model.normalize_()
+            if schedule.follows_closed_form(state.step, state.n_steps):
+                _update_dictionary(state, schedule, guard.flag == 0)
             state.step += 1
             bar.update()
             if state.step % log_every == 0 or is_last:
@@ -220,6 +223,16 @@ def _run(
         )
     for callback in callbacks:
         callback.on_end(state)
+
+
+def _update_dictionary(state: FitState, schedule: Schedule, is_good: Tensor) -> None:
+    """Let the dictionary follow its closed form, where that is cheap enough."""
+    if state.running_dictionary is None:
+        state.running_dictionary = RunningDictionary(state.model)
+    assert state.batch is not None
+    assert state.objective is not None
+    rate = schedule.rate(state.step, state.n_steps)
+    state.running_dictionary.update(state.step, state.batch, state.objective, rate, is_good)
 
 
 def _warn_of_binding_floor(model: SparseDictionary) -> None:
@@ -304,13 +317,6 @@ def _open(
     if not head:
         raise ValueError("data must hold at least one batch, got an empty iterator")
     return check_activations(torch.cat(head), d_in), itertools.chain(head, stream)
-
-
-def _size_of(data: object) -> int | None:
-    """Return the number of distinct tokens, where the data have one."""
-    size = getattr(data, "n_tokens", None)
-    shape = getattr(data, "shape", None)  # of a tensor or an array
-    return size if shape is None else int(shape[0])
 
 
 def _adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:

@@ -26,17 +26,10 @@ def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
 
 
 @torch.no_grad()
-def _summary(model: SparseDictionary, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL in nats per token, fvu of the posterior mean and firing rates."""
+def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tensor) -> Objective:
     posterior = model.posterior(x)
     kl = kl_divergence(as_event(posterior.distribution), model.prior()).mean()
     squared_error = (x - model.decode(posterior.mean)).square().sum()
-    fvu = squared_error / (x - x.mean(0)).square().sum()
-    return kl, fvu, posterior.p_active.mean(0)
-
-
-def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tensor) -> Objective:
-    kl, fvu, firing_rate = _summary(model, x)
     log_likelihood = kl_weight * kl - loss.detach()
     return Objective(
         loss=loss,
@@ -44,6 +37,8 @@ def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tenso
         log_likelihood=log_likelihood,
         kl=kl,
         auxiliary=torch.zeros_like(kl),
-        fvu=fvu,
-        firing_rate=firing_rate,
+        fvu=squared_error / (x - x.mean(0)).square().sum(),
+        firing_rate=posterior.p_active.mean(0),
+        code_spread=posterior.variance.mean(0),
+        code_mean=posterior.mean,
     )

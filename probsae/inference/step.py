@@ -69,15 +69,15 @@ def _differentiate(
 ) -> Objective:
     """Add the gradient of the loss, taken over pieces of `n_tokens`, to the model's."""
     pieces = x.split(n_tokens or len(x))
-    total: list[Tensor] | None = None
+    means, codes = [], []
     for piece in pieces:
-        terms = function(model, piece, kl_weight)
+        *terms, code_mean = function(model, piece, kl_weight)
         weight = len(piece) / len(x)
-        (terms.loss * weight).backward()
-        shown = [value.detach() * weight for value in terms]
-        total = shown if total is None else [a + b for a, b in zip(total, shown, strict=True)]
-    assert total is not None
-    return Objective(*total)
+        (terms[0] * weight).backward()
+        means.append([term.detach() * weight for term in terms])
+        codes.append(code_mean)
+    totals = [torch.stack(values).sum(0) for values in zip(*means, strict=True)]
+    return Objective(*totals, code_mean=torch.cat(codes) if len(codes) > 1 else codes[0])
 
 
 class products_in:

@@ -334,6 +334,16 @@ class SparseDictionary(nn.Module, ABC):
         self.log_noise_scale.add_(factor.log())
 
     @torch.no_grad()
+    def turn_directions_(self, directions: Float[Tensor, "d_sae d_in"]) -> None:
+        """Replace the directions; an encoder that has filters of its own turns with them."""
+        self.W_dec.copy_(directions)
+
+    @torch.no_grad()
+    def scale_codes_(self, factor: Float[Tensor, " d_sae"]) -> None:
+        """Measure each code in units that are smaller by `factor`: prior and encoder follow."""
+        raise NotImplementedError(f"{type(self).__name__} does not rescale its codes")
+
+    @torch.no_grad()
     def normalize_(self) -> None:
         """Store unit rows of `W_dec`, and the noise scale itself where its floor binds.
 

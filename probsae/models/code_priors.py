@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import SpikeSlab, TruncatedNormal
+from probsae.distributions.truncated_normal import match_moments
 
 Slab = Literal["normal", "half_normal", "truncated_normal"]
 
@@ -97,6 +98,23 @@ class SpikeSlabPrior(nn.Module):
         if self.slab != "half_normal":
             self.slab_mean.fill_(0.7 * code_size)
         self.log_slab_scale.fill_(math.log(0.5 * code_size))
+
+    @torch.no_grad()
+    def scale_(self, factor: Float[Tensor, " d_sae"]) -> None:
+        """Multiply active codes by `factor`."""
+        self.slab_mean.mul_(factor)
+        self.log_slab_scale.add_(factor.log())
+
+    @torch.no_grad()
+    def set_moments_(self, mean: Float[Tensor, " d_sae"], energy: Float[Tensor, " d_sae"]) -> None:
+        """Fit the slab to E z and E z^2 of active codes."""
+        if self.slab == "half_normal":
+            self.log_slab_scale.copy_(0.5 * energy.log())
+            return
+        variance = (energy - mean.square()).clamp(min=1e-6 * energy)
+        law = match_moments(mean, variance) if self.slab == "truncated_normal" else None
+        self.slab_mean.copy_(mean if law is None else law.loc)
+        self.log_slab_scale.copy_((variance.sqrt() if law is None else law.scale).log())
 
 
 def typical_code_size(x_centered: Float[Tensor, "token d_in"]) -> float:

@@ -108,3 +108,15 @@ class LaplaceDictionary(SparseDictionary):
         self.log_threshold.fill_(math.log(0.3 * size))
         self.log_sharpness.fill_(math.log(0.1 * size))
         self.log_code_scale.fill_(math.log(0.2 * size))
+
+    @torch.no_grad()
+    def turn_directions_(self, directions: Tensor) -> None:
+        self.W_enc.add_((directions - self.directions).T)
+        super().turn_directions_(directions)
+
+    @torch.no_grad()
+    def scale_codes_(self, factor: Tensor) -> None:
+        self.W_enc.mul_(factor)
+        for scale in (self.log_prior_scale, self.log_threshold, self.log_sharpness):
+            scale.add_(factor.log())
+        self.log_code_scale.add_(factor.log())

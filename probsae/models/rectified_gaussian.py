@@ -83,6 +83,18 @@ class RectifiedGaussianDictionary(SparseDictionary):
         self.code_prior.initialize_(size)
         self.log_code_scale.fill_(math.log(0.3 * size))
 
+    @torch.no_grad()
+    def turn_directions_(self, directions: Tensor) -> None:
+        self.W_enc.add_((directions - self.directions).T)
+        super().turn_directions_(directions)
+
+    @torch.no_grad()
+    def scale_codes_(self, factor: Tensor) -> None:
+        self.W_enc.mul_(factor)
+        self.b_enc.mul_(factor)
+        self.log_code_scale.add_(factor.log())
+        self.code_prior.scale_(factor)
+
     def log_prior_parameters(self) -> Tensor:
         return self.code_prior.log_density_of_rates()
 

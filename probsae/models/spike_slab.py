@@ -160,6 +160,17 @@ class SpikeSlabDictionary(SparseDictionary):
         self.log_step_noise.add_(factor.log())
 
     @torch.no_grad()
+    def turn_directions_(self, directions: Tensor) -> None:
+        self.W_enc.add_((directions - self.directions).T)
+        super().turn_directions_(directions)
+
+    @torch.no_grad()
+    def scale_codes_(self, factor: Tensor) -> None:
+        self.W_enc.mul_(factor)
+        self.log_step_noise.add_(factor.log())
+        self.code_prior.scale_(factor)
+
+    @torch.no_grad()
     def normalize_(self) -> None:
         """Store unit rows of `W_dec`, and filters of at most `MAX_FILTER_NORM`."""
         super().normalize_()

@@ -14,7 +14,7 @@ from torch.distributions import Normal
 
 from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab, TruncatedNormal
-from probsae.distributions.truncated_normal import LOWEST_RATIO
+from probsae.distributions.truncated_normal import match_moments
 from probsae.inference.elbo import require_linear_decoder
 from probsae.inference.refine import spike_slab_prior
 from probsae.models.base import CodePosterior, SparseDictionary
@@ -93,7 +93,7 @@ def enumerate_supports(
     slab_mean = mean / p_active
     variance = (second / p_active - slab_mean.square()).clamp(min=1e-300)
     if isinstance(prior.slab, TruncatedNormal):
-        slab = _matched_truncated_normal(slab_mean, variance)
+        slab = match_moments(slab_mean, variance)
     else:
         slab = Normal(slab_mean, variance.sqrt(), validate_args=False)
     law = SpikeSlab(p_active.logit(), slab, validate_args=False)
@@ -226,21 +226,3 @@ def _orthant_moments(
         log_mass[part] = log_weight.logsumexp(-1) - math.log(n_points)
         first[part], second[part] = (weight * z).sum(-1), (weight * z.square()).sum(-1)
     return log_mass, first, second
-
-
-def _matched_truncated_normal(mean: Tensor, variance: Tensor) -> TruncatedNormal:
-    """Return the law on the half line with these moments, found by bisection on its ratio."""
-    target = variance.sqrt() / mean
-    lower = torch.full_like(target, LOWEST_RATIO)
-    upper = torch.full_like(target, 10.0).maximum(2 / target.clamp(min=1e-12))
-    for _ in range(100):
-        middle = (lower + upper) / 2
-        law = TruncatedNormal(middle, torch.ones_like(middle), validate_args=False)
-        is_too_wide = law.variance.sqrt() / law.mean > target
-        lower, upper = (
-            torch.where(is_too_wide, middle, lower),
-            torch.where(is_too_wide, upper, middle),
-        )
-    law = TruncatedNormal(upper, torch.ones_like(upper), validate_args=False)
-    scale = mean / law.mean
-    return TruncatedNormal(upper * scale, scale, validate_args=False)

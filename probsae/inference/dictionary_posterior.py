@@ -1,0 +1,156 @@
+"""What the data leave open about the features themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from scipy.stats import beta as beta_law
+from torch import Tensor
+from torch.distributions import Beta, Gamma
+
+from probsae.inference.dictionary_statistics import Rows
+from probsae.models.files import atomic_write
+
+_FILE = "posterior.safetensors"
+
+
+@dataclass(frozen=True)
+class DictionaryPosterior:
+    r"""q(W) q(rates) q(1 / noise variance), given a data set's codes.
+
+    Rows of the dictionary are normal, with one covariance over features, and alike in every
+    dimension: W ~ MatrixNormal(mean, C, I).
+
+    Attributes
+    ----------
+    rows : Rows
+        Mean of the rows, and their precision over features in units of that of the noise.
+    rate : Beta, batch shape (d_sae,)
+        Firing rates.
+    noise_precision : Gamma
+        1 / noise variance, units of the activations to the power of -2.
+    log_odds_real : Tensor, shape (d_sae,), or None
+        What a feature adds to the log evidence of all tokens, less what its direction and rate
+        cost, nats; None for priors without an atom at zero.
+    held_out_elbo : list of (float, float)
+        ELBO of held-out tokens with the encoder's and with the refined posterior, nats per
+        token: before the first pass, and after each.
+
+    Notes
+    -----
+    Source: Hoffman, Blei, Wang and Paisley (2013), "Stochastic variational inference"; the matrix
+    normal follows from the exact ELBO, see docs/posteriors.md. It covers what is open given this
+    mode, not other modes: for those compare seeds.
+    """
+
+    rows: Rows
+    rate: Beta
+    noise_precision: Gamma
+    log_odds_real: Float[Tensor, " d_sae"] | None
+    held_out_elbo: list[tuple[float, float]]
+
+    @property
+    def mean(self) -> Float[Tensor, "d_sae d_in"]:
+        """Expected directions, unit rows: the model's."""
+        return self.rows.mean
+
+    @cached_property
+    def row_variance(self) -> Float[Tensor, " d_sae"]:
+        """Variance of each entry of a row, the diagonal of C."""
+        return self.rows.relative_variance / self.noise_precision.mean
+
+    @property
+    def direction_variance(self) -> Float[Tensor, " d_sae"]:
+        """Expected 1 - cosine between a feature's direction and its mean, in [0, 1).
+
+        A row m + e, with e normal of variance v in each of d dimensions, has to first order the
+        cosine |m| / sqrt(|m|^2 + (d - 1) v) with m.
+        """
+        across = (self.mean.shape[1] - 1) * self.row_variance
+        return 1 - (1 + across).rsqrt()
+
+    @property
+    def p_real(self) -> Float[Tensor, " d_sae"]:
+        """Probability that the data have this feature, against none in its place, at even odds.
+
+        Raises
+        ------
+        ValueError
+            If the prior has no atom at zero, so that all features are always there.
+        """
+        if self.log_odds_real is None:
+            raise ValueError(
+                "p_real needs a spike-and-slab prior: under others no feature is absent"
+            )
+        return torch.sigmoid(self.log_odds_real)
+
+    def rate_interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Equal-tailed credible interval (lower, upper) of each firing rate, shape (d_sae,).
+
+        Raises
+        ------
+        ValueError
+            If `level` is not strictly between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must be strictly between 0 and 1, got {level}")
+        a, b = (c.cpu().numpy() for c in (self.rate.concentration1, self.rate.concentration0))
+        tail = (1 - level) / 2
+        lower, upper = (torch.from_numpy(beta_law.ppf(u, a, b)) for u in (tail, 1 - tail))
+        return lower, upper
+
+    def sample(self, n_draws: int = 1) -> Float[Tensor, "draw d_sae d_in"]:
+        """Draw dictionaries; their rows are near unit norm, not at it.
+
+        Raises
+        ------
+        ValueError
+            If `n_draws` is below 1.
+        """
+        if n_draws < 1:
+            raise ValueError(f"n_draws must be at least 1, got {n_draws}")
+        noise_scale = self.noise_precision.mean.rsqrt()
+        standard = torch.randn_like(self.mean.expand(n_draws, -1, -1))
+        return self.mean + noise_scale * self.rows.deviation(standard)
+
+    def save(self, path: str | Path) -> None:
+        """Write to a folder, as safetensors, atomically."""
+        rate, precision = self.rate, self.noise_precision
+        tensors = {
+            "mean": self.rows.mean,
+            "cholesky": self.rows.cholesky,
+            "rate": torch.stack([rate.concentration1, rate.concentration0]),
+            "noise_precision": torch.stack([precision.concentration, precision.rate]),
+            "held_out_elbo": torch.tensor(self.held_out_elbo, dtype=torch.float64),
+        }
+        if self.log_odds_real is not None:
+            tensors["log_odds_real"] = self.log_odds_real
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        with atomic_write(path) as folder:
+            save_file(tensors, folder / _FILE)
+
+    @classmethod
+    def load(cls, path: str | Path) -> DictionaryPosterior:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no posterior at `path`.
+        """
+        file = Path(path) / _FILE
+        if not file.exists():
+            raise FileNotFoundError(f"no dictionary posterior at {path}: it needs {_FILE}")
+        saved = load_file(file)
+        return cls(
+            rows=Rows(saved["mean"], saved["cholesky"]),
+            rate=Beta(*saved["rate"]),
+            noise_precision=Gamma(*saved["noise_precision"]),
+            log_odds_real=saved.get("log_odds_real"),
+            held_out_elbo=[(a, b) for a, b in saved["held_out_elbo"].tolist()],
+        )

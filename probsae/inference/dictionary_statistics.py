@@ -1,0 +1,142 @@
+"""The closed form of the dictionary: what it needs to know of the codes, and what it gives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class DictionaryStatistics:
+    r"""Running sums over tokens, of which a dictionary's optimal posterior is a function.
+
+        S = sum E[z z^T],    T = sum E[z]^T (x - b),    A = S + diag(w),
+
+    with w what prior activations of energy w_i at the present dictionary D weigh. The optimum is
+    A^-1 (T + diag(w) D) = D + A^-1 G, with G = T - S D. G is what is kept, and of S its diagonal
+    blocks: with one block that is exact.
+
+    Parameters
+    ----------
+    directions : Tensor, shape (d_sae, d_in)
+        The dictionary D that the sums refer to.
+    block_size : int, optional
+        Features in a block, all by default: S then takes d_sae * block_size numbers.
+
+    Notes
+    -----
+    Source: Hoffman, Blei, Wang and Paisley (2013), "Stochastic variational inference", for sums
+    that fade. Sums and solutions are in float64: S is as badly conditioned as features differ in
+    energy.
+    """
+
+    def __init__(self, directions: Float[Tensor, "d_sae d_in"], block_size: int | None = None):
+        d_sae = len(directions)
+        self.block_size = min(block_size or d_sae, d_sae)
+        n_blocks = -(-d_sae // self.block_size)
+        self.directions = directions.double().clone()
+        self.gradient = torch.zeros_like(self.directions)
+        self.second_moment = self.directions.new_zeros(n_blocks, self.block_size, self.block_size)
+
+    def add(
+        self,
+        code_mean: Float[Tensor, "token d_sae"],
+        code_spread: Float[Tensor, " d_sae"],
+        x_centered: Float[Tensor, "token d_in"],
+    ) -> None:
+        """Take in some tokens: E z of each, Var z summed over them, and x - b."""
+        residual = x_centered - code_mean @ self.directions.to(code_mean.dtype)
+        self.gradient += (code_mean.T @ residual).double()
+        self.gradient -= code_spread[:, None] * self.directions
+        codes = self._by_block(code_mean.T)
+        self.second_moment += (codes @ codes.mT).double()
+        self.second_moment.diagonal(dim1=1, dim2=2).add_(self._by_block(code_spread))
+
+    def fade(self, factor: float) -> None:
+        """Weigh all tokens seen so far by `factor`."""
+        self.second_moment *= factor
+        self.gradient *= factor
+
+    def move(self, directions: Float[Tensor, "d_sae d_in"]) -> None:
+        """Refer to another dictionary."""
+        change = self._by_block(directions.double() - self.directions)
+        self.gradient -= self._flat(self.second_moment @ change)
+        self.directions.copy_(directions)
+
+    def scale(self, factor: Float[Tensor, " d_sae"]) -> None:
+        """Measure codes in units that are smaller by `factor`."""
+        by_block = self._by_block(factor, padding=1.0)
+        self.second_moment *= by_block[:, :, None] * by_block[:, None, :]
+        self.gradient *= factor[:, None]
+        self.directions /= factor[:, None]
+
+    def gain(self, rows: Float[Tensor, "d_sae d_in"]) -> Tensor:
+        """Return what `rows` in place of D take from the sum of squared errors."""
+        change = self._by_block(rows - self.directions)
+        gradient = self._by_block(self.gradient)
+        return (change * (2 * gradient - self.second_moment @ change)).sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that the statistics are, to be saved, or copied into."""
+        names = ("directions", "gradient", "second_moment")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def energy(self) -> Float[Tensor, " d_sae"]:
+        """Sum of E z^2 of each feature, the diagonal of S."""
+        return self._flat(self.second_moment.diagonal(dim1=1, dim2=2))
+
+    def solve(self, prior_weight: Float[Tensor, " d_sae"]) -> Rows:
+        """Return the optimal rows, given activations of energy `prior_weight` at D."""
+        prior = self._by_block(prior_weight.double(), padding=1.0)
+        precision = self.second_moment + torch.diag_embed(prior)
+        cholesky, _ = torch.linalg.cholesky_ex(precision)  # the other form waits for the device
+        step = torch.cholesky_solve(self._by_block(self.gradient), cholesky)
+        return Rows(self.directions + self._flat(step), cholesky)
+
+    def _by_block(self, rows: Tensor, padding: float = 0.0) -> Tensor:
+        """Split the leading axis into blocks, the last one padded."""
+        return split_blocks(rows, self.block_size, padding)
+
+    def _flat(self, blocks: Tensor) -> Tensor:
+        return blocks.flatten(0, 1)[: len(self.directions)]
+
+
+def split_blocks(rows: Tensor, block_size: int, padding: float = 0.0) -> Tensor:
+    """Split the leading axis into blocks of `block_size`, the last one filled with `padding`."""
+    missing = -len(rows) % block_size
+    filled = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), padding)])
+    return filled.unflatten(0, (-1, block_size))
+
+
+class Rows(NamedTuple):
+    """Optimal posterior of a dictionary's rows, in float64.
+
+    `mean` has shape (d_sae, d_in), and rows of any norm; the rows' covariance over features is
+    the noise variance times (L L^T)^-1, with L the blocks of `cholesky`.
+    """
+
+    mean: Float[Tensor, "d_sae d_in"]
+    cholesky: Float[Tensor, "block feature feature"]
+
+    @property
+    def relative_variance(self) -> Float[Tensor, " d_sae"]:
+        """Variance of a row's entries, in units of the noise variance."""
+        inverse = torch.cholesky_inverse(self.cholesky)
+        return inverse.diagonal(dim1=1, dim2=2).flatten()[: len(self.mean)]
+
+    def scaled(self, norms: Float[Tensor, " d_sae"]) -> Rows:
+        """Return rows divided by `norms`."""
+        by_block = split_blocks(norms, self.cholesky.shape[-1], padding=1.0)
+        return Rows(self.mean / norms[:, None], by_block[:, :, None] * self.cholesky)
+
+    def deviation(self, noise: Float[Tensor, "*draw d_sae d_in"]) -> Tensor:
+        """Turn standard normal numbers into deviations from the mean, units of the noise scale."""
+        block_size = self.cholesky.shape[-1]
+        blocks = split_blocks(noise.movedim(-2, 0), block_size)  # (block, feature, *draw, d_in)
+        columns = blocks.flatten(2)
+        solved = torch.linalg.solve_triangular(self.cholesky.mT, columns, upper=True)
+        flat = solved.unflatten(2, blocks.shape[2:]).flatten(0, 1)[: len(self.mean)]
+        return flat.movedim(0, -2)

@@ -1,0 +1,161 @@
+"""Variational EM from the fit on: the dictionary, rates, noise and slabs in closed form."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from probsae.activations.source import ActivationData, batches, check_activations, size_of
+from probsae.inference.dictionary_posterior import DictionaryPosterior
+from probsae.inference.variational_em import Expectation, Guard, Sums, maximize
+from probsae.models.base import SparseDictionary
+
+# Tokens of a pass over data without a size.
+_N_TOKENS = 200_000
+# Above this many features a block of S is no wider: it would take 2 GiB.
+_MAX_BLOCK = 16_384
+
+
+@torch.no_grad()
+def polish(
+    model: SparseDictionary,
+    data: ActivationData,
+    *,
+    n_tokens: int | None = None,
+    n_passes: int = 1,
+    batch_size: int = 4_096,
+    prior_weight: float = 1.0,
+    forgetting_rate: float = 0.0,
+    block_size: int | None = None,
+    n_sweeps: int = 2,
+    n_candidates: int = 16,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> DictionaryPosterior:
+    r"""Give a fitted dictionary its optimum in closed form, and say how certain that is.
+
+    A pass takes the codes' (refined) posterior of each token and sums S = sum E[z z^T] and
+    T = sum E[z]^T (x - b). Then, with P the energy of `prior_weight` activations of each feature
+    at its present direction D,
+
+        q(W) = MatrixNormal((S + P)^-1 (T + P D), noise variance (S + P)^-1, I),
+        q(rate_i) = Beta(a + sum gamma_i, b + sum (1 - gamma_i)),
+        q(1 / noise variance) = Gamma(N d_in / 2, sum E|x - b - z W|^2 / 2),
+
+    and each slab has the moments of its feature's active codes. The model is set to their means,
+    its encoder's filters turn with the directions, and the rows' norms go into the codes.
+
+    Parameters
+    ----------
+    model : SparseDictionary
+        Fitted, with a linear decoder and a prior; updated in place.
+    data : tensor, array, ActivationStore, synthetic source or iterable of batches
+        Activations, (token, d_in). The first batch is held out.
+    n_tokens : int, optional
+        Tokens of a pass; all of the data where they have a size, else 200,000.
+    n_passes : int, default 1
+        Passes, each from codes under the dictionary of the one before.
+    batch_size : int, default 4096
+        Tokens at a time.
+    prior_weight : float, default 1
+        Activations that the fit's direction of each feature counts as: so that features stay
+        which the data do not show.
+    forgetting_rate : float, default 0
+        Share of the past that each batch makes forgotten: with one, the model is updated after
+        each batch (natural-gradient SVI) and not once a pass.
+    block_size : int, optional
+        Features whose codes' covariance is taken into account, in blocks of consecutive ones: all
+        by default, up to 16,384. With 1 only a feature's own energy is.
+    n_sweeps, n_candidates : int
+        Of `refine`, for spike-and-slab priors.
+    seed : int, default 0
+        Of the order of the data.
+    progress : bool, optional
+        Show a bar; by default on terminals, for passes longer than two seconds.
+
+    Returns
+    -------
+    DictionaryPosterior
+        Of directions, rates and noise, given this pass's codes.
+
+    Raises
+    ------
+    ValueError
+        If an argument or the data are not usable, or the decoder is not linear.
+    TypeError
+        If the model is deterministic, or its encoder cannot follow (`SparseVAE`).
+
+    Notes
+    -----
+    The ELBO of the held-out batch never falls, neither with the encoder's posterior nor with the
+    refined one: a pass that would lower it is taken half as far, and so on; `held_out_elbo` says
+    what came of it. Source: Titsias and Lazaro-Gredilla (2011); Hoffman et al. (2013),
+    "Stochastic variational inference", for the form that forgets.
+
+    Examples
+    --------
+    >>> import probsae as ps
+    >>> data = ps.SyntheticActivations(d_in=16, n_features=24, n_active=2, seed=0)
+    >>> model = ps.SpikeSlabDictionary(d_in=16, d_sae=32)
+    >>> result = ps.fit(model, data, n_steps=50, batch_size=64)
+    >>> posterior = ps.polish(model, data, n_tokens=2_000, batch_size=500)
+    >>> tuple(posterior.direction_variance.shape)
+    (32,)
+    """
+    for name, value in (("n_passes", n_passes), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not (prior_weight > 0 and 0 <= forgetting_rate < 1):
+        raise ValueError(
+            "prior_weight must be positive and forgetting_rate at least 0 and below 1, "
+            f"got {prior_weight} and {forgetting_rate}"
+        )
+    size = size_of(data)
+    if size is not None:  # no more than a tenth is held out, and no token of it used
+        batch_size = min(batch_size, max(1, size // 10))
+    n_tokens = n_tokens or (size - batch_size if size else _N_TOKENS)
+    expectation = Expectation(model, n_sweeps, n_candidates)
+    sums = Sums(model, block_size or min(model.d_sae, _MAX_BLOCK), prior_weight)
+    guard, posterior = None, None
+    for _ in range(n_passes):
+        stream = batches(data, batch_size, seed=seed, device=model.b_dec.device)
+        held_out = _first(stream, model.d_in)
+        guard = guard or Guard(expectation, held_out)
+        sums.clear()
+        for x in _with_bar(stream, max(1, n_tokens // batch_size), progress):
+            sums.fade(1 - forgetting_rate)
+            sums.add(x, expectation(x))
+            if forgetting_rate:
+                posterior = maximize(model, sums)
+        if not sums.n_tokens:
+            raise ValueError("data must hold more than one batch: the first is held out")
+        if not forgetting_rate:
+            posterior = maximize(model, sums)
+        guard.check()
+    assert guard is not None
+    assert posterior is not None
+    rows = posterior.rows._replace(mean=model.dictionary().double())
+    return replace(posterior, rows=rows, held_out_elbo=guard.history)
+
+
+def _first(stream: Iterator[Tensor], d_in: int) -> Tensor:
+    first = next(stream, None)
+    if first is None:
+        raise ValueError("data must hold more than one batch, got an iterator at its end")
+    return check_activations(first, d_in)
+
+
+def _with_bar(stream: Iterator[Tensor], n_batches: int, progress: bool | None) -> tqdm:
+    return tqdm(
+        itertools.islice(stream, n_batches),
+        total=n_batches,
+        desc="polish",
+        unit="batch",
+        delay=2,
+        disable=None if progress is None else not progress,
+    )

@@ -1,0 +1,193 @@
+"""One round of variational EM: codes, sums over tokens, and the optimum of the rest given them."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Beta, Gamma, kl_divergence
+
+from probsae.distributions import SpikeSlab
+from probsae.inference.dictionary_posterior import DictionaryPosterior
+from probsae.inference.dictionary_statistics import DictionaryStatistics, Rows
+from probsae.inference.elbo import elbo_terms, require_linear_decoder
+from probsae.inference.refine import code_law, refine
+from probsae.inference.running_dictionary import active_energy
+from probsae.models.base import CodePosterior, SparseDictionary
+from probsae.models.code_priors import SpikeSlabPrior
+
+# How often a pass that lowers the held-out ELBO is halved before it is given up.
+_N_HALVINGS = 4
+
+
+class Expectation:
+    """Posterior of the codes: refined where the prior is spike-and-slab, else the encoder's."""
+
+    def __init__(self, model: SparseDictionary, n_sweeps: int, n_candidates: int):
+        if model.is_deterministic:
+            raise TypeError(f"{type(model).__name__} has no posterior to polish with")
+        require_linear_decoder(model)
+        self.model, self.n_sweeps, self.n_candidates = model, n_sweeps, n_candidates
+        self.is_spike_slab = isinstance(code_law(model), SpikeSlab)
+
+    def __call__(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
+        if self.is_spike_slab:
+            return refine(self.model, x, self.n_sweeps, self.n_candidates)
+        return self.model.encode(x)
+
+
+class Sums:
+    """What the optimum of everything but the codes depends on, summed over tokens."""
+
+    def __init__(self, model: SparseDictionary, block_size: int, prior_weight: float):
+        self.model, self.block_size, self.prior_weight = model, block_size, prior_weight
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.dictionary = DictionaryStatistics(self.model.dictionary(), self.block_size)
+        self.n_tokens = 0.0
+        zeros = self.dictionary.directions.new_zeros(self.model.d_sae)
+        self.n_active, self.code = zeros, zeros.clone()
+        self.log_present = zeros.clone()  # sum of -log q(z = 0)
+        self.squared_error = zeros.new_zeros(())
+
+    def fade(self, factor: float) -> None:
+        """Weigh all tokens seen so far by `factor`."""
+        self.dictionary.fade(factor)
+        for name in ("n_tokens", "n_active", "code", "log_present", "squared_error"):
+            setattr(self, name, getattr(self, name) * factor)
+
+    def add(self, x: Float[Tensor, "token d_in"], q: CodePosterior) -> None:
+        """Take in some tokens."""
+        model, mean, spread = self.model, q.mean, q.variance.sum(0).double()
+        self.move()
+        self.dictionary.add(mean, spread, x - model.b_dec)
+        self.n_tokens += len(x)
+        self.n_active += q.p_active.sum(0).double()
+        self.code += mean.sum(0).double()
+        self.squared_error += (x - model.decode(mean)).square().sum().double() + spread.sum()
+        if isinstance(q.distribution, SpikeSlab):
+            self.log_present += torch.nn.functional.softplus(q.distribution.logits).sum(0).double()
+
+    def move(self) -> None:
+        """Refer to the model's present dictionary."""
+        directions = self.model.dictionary().double()
+        self.squared_error -= self.dictionary.gain(directions)
+        self.dictionary.move(directions)
+
+    def scale(self, factor: Float[Tensor, " d_sae"]) -> None:
+        """Measure codes in units that are smaller by `factor`."""
+        self.dictionary.scale(factor)
+        self.code *= factor
+
+
+@torch.no_grad()
+def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
+    """Set all of `model` but the codes' law to its optimum; return how certain that is."""
+    sums.move()
+    anchor = sums.prior_weight * active_energy(model).double()
+    rows = sums.dictionary.solve(anchor)
+    noise_precision = _noise_posterior(model, sums, rows, anchor)
+    rate, log_odds = _feature_posteriors(model, sums, rows, noise_precision)
+    _set_slabs(model, sums)
+    norms = rows.mean.norm(dim=1).clamp(min=1e-6)
+    model.turn_directions_((rows.mean / norms[:, None]).to(model.W_dec.dtype))
+    model.scale_codes_(norms.to(model.W_dec.dtype))
+    sums.scale(norms)
+    if isinstance(getattr(model, "code_prior", None), SpikeSlabPrior):
+        a, b = rate.concentration1, rate.concentration0
+        model.code_prior.rate_logit.copy_(torch.digamma(a) - torch.digamma(b))  # E log odds
+    if model.learn_noise:
+        model.log_noise_scale.copy_(-0.5 * noise_precision.mean.log())
+    model.normalize_()
+    return DictionaryPosterior(rows.scaled(norms), rate, noise_precision, log_odds, [])
+
+
+def _noise_posterior(model: SparseDictionary, sums: Sums, rows: Rows, anchor: Tensor) -> Gamma:
+    """Return q(1 / noise variance), under a flat prior of its logarithm."""
+    noise_variance = model.noise_scale.square().double()
+    gain = sums.dictionary.gain(rows.mean)
+    n_fitted = (1 - anchor * rows.relative_variance).sum()  # trace of (S + P)^-1 S
+    error = sums.squared_error - gain + model.d_in * noise_variance * n_fitted
+    if not model.learn_noise:
+        error = noise_variance * sums.n_tokens * model.d_in
+    n_numbers = torch.as_tensor(sums.n_tokens * model.d_in).to(error)
+    return Gamma(n_numbers / 2, error.clamp(min=1e-30) / 2)
+
+
+def _feature_posteriors(
+    model: SparseDictionary, sums: Sums, rows: Rows, noise_precision: Gamma
+) -> tuple[Beta, Tensor | None]:
+    """Return q(rates), and each feature's log odds of being there."""
+    prior = getattr(model, "code_prior", None)
+    a, b = prior.rate_prior if isinstance(prior, SpikeSlabPrior) else (1.0, 1.0)
+    n_active = sums.n_active.clamp(max=sums.n_tokens)
+    rate = Beta(a + n_active, b + sums.n_tokens - n_active)
+    if not isinstance(prior, SpikeSlabPrior):
+        return rate, None
+    # A code's optimal factor raises the bound by log(q(0) under the prior / q(0)).
+    gain = (
+        sums.log_present
+        + sums.n_tokens * torch.nn.functional.logsigmoid(-prior.rate_logit).double()
+    )
+    # KL from a uniform direction: rows N(0, 1 / d_in) in each dimension.
+    spread = model.d_in * rows.relative_variance / noise_precision.mean
+    cost = 0.5 * model.d_in * (spread - spread.log())
+    flat = Beta(torch.full_like(n_active, a), torch.full_like(n_active, b))
+    return rate, gain - cost - kl_divergence(rate, flat)
+
+
+def _set_slabs(model: SparseDictionary, sums: Sums) -> None:
+    """Give each slab the moments of its feature's active codes and `prior_weight` of its own."""
+    prior = getattr(model, "code_prior", None)
+    if not isinstance(prior, SpikeSlabPrior):
+        return
+    slab, weight = prior().slab, sums.prior_weight
+    count = sums.n_active + weight
+    mean = (sums.code + weight * slab.mean.double()) / count
+    energy = (sums.dictionary.energy + weight * active_energy(model).double()) / count
+    prior.set_moments_(mean, energy)
+
+
+class Guard:
+    """Keeps the ELBO of held-out tokens from falling, under the encoder and refined."""
+
+    def __init__(self, expectation: Expectation, x: Float[Tensor, "token d_in"]):
+        self.expectation, self.x = expectation, x
+        self.history = [self._elbo()]
+        self._keep()
+
+    def check(self) -> None:
+        """Take back as much of what happened since the last check as the ELBO asks for."""
+        new = self._parameters()
+        for halving in range(_N_HALVINGS + 1):
+            share = 0.5**halving
+            self._set({k: torch.lerp(self.old[k], new[k], share) for k in new})
+            elbo = self._elbo()
+            if all(a >= b for a, b in zip(elbo, self.history[-1], strict=True)):
+                break
+        else:
+            self._set(self.old)
+            elbo = self.history[-1]
+        self.history.append(elbo)
+        self._keep()
+
+    def _elbo(self) -> tuple[float, float]:
+        model, x = self.expectation.model, self.x
+        values = [
+            elbo_terms(model, x, q).elbo.mean() for q in (model.encode(x), self.expectation(x))
+        ]
+        return float(values[0]), float(values[1])
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {k: v.detach().clone() for k, v in self.expectation.model.named_parameters()}
+
+    def _keep(self) -> None:
+        self.old = self._parameters()
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.expectation.model.named_parameters():
+            parameter.copy_(values[name])
+        self.expectation.model.normalize_()
