@@ -102,7 +102,7 @@ def direction_calibration(
     actual = 0.5 * (learned - true).square().sum(-1)
     d_in = directions.shape[1]
     predicted = expected_misalignment(variance, d_in)
-    lower, upper = (chi2.ppf(tail, d_in - 1) for tail in ((1 - level) / 2, (1 + level) / 2))
+    lower, upper = (float(chi2.ppf(t, d_in - 1)) for t in ((1 - level) / 2, (1 + level) / 2))
     turned = 2 * actual / variance
     return DirectionCalibration(
         predicted=predicted,
@@ -158,4 +158,4 @@ def _median(values: Tensor) -> float:
 def _spearman(a: Tensor, b: Tensor) -> float:
     if len(a) < 3 or len(a.unique()) == 1 or len(b.unique()) == 1:
         return float("nan")
-    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+    return float(spearmanr(a.numpy(), b.numpy())[0])  # pyright: ignore[reportArgumentType]
