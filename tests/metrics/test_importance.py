@@ -62,7 +62,7 @@ def test_an_over_confident_posterior_is_found_out():
     assert found.share_above_limit > 0.9
     assert float(found.k_hat.median()) == pytest.approx(0.91, abs=0.25)
     assert (found.iwae > found.elbo + 1).all()
-    assert (found.iwae < log_evidence + 1).all()
+    assert float((log_evidence - found.iwae).mean()) > 0
 
 
 def test_more_draws_tighten_iwae_on_average():
@@ -101,10 +101,15 @@ def test_where_features_overlap_iwae_finds_the_evidence_that_the_elbo_misses():
     tolerance = K_STANDARD_ERRORS * found.elbo_error + 1e-3
     assert ((found.elbo - exact_elbo).abs() < tolerance).all()
     assert float((evidence - found.elbo).mean()) > 0.05
-    is_good = found.k_hat < 0.5
+    # A support that q all but rules out is in none of its draws: k-hat cannot see it (.27 for one
+    # token with q .9996 for .966), IWAE falls short by it. Elsewhere it is the evidence.
+    error = (found.iwae - evidence) / found.iwae_error
+    is_open = ((refined.p_active > 0.02) & (refined.p_active < 0.98)).all(1)
+    is_good = (found.k_hat < 0.5) & is_open
     assert is_good.sum() >= 20
-    error = (found.iwae - evidence).abs()[is_good]
-    assert (error < K_STANDARD_ERRORS * found.iwae_error[is_good] + 1e-2).all()
+    assert (error.abs() < K_STANDARD_ERRORS)[is_good].all()
+    assert (error < K_STANDARD_ERRORS)[found.k_hat < 0.7].all()
+    assert error[(found.k_hat < 0.5) & ~is_open].min() < -K_STANDARD_ERRORS
     assert float((evidence - found.iwae).abs().mean()) < 0.3 * float(
         (evidence - found.elbo).abs().mean()
     )

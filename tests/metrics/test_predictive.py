@@ -90,7 +90,7 @@ def test_the_seed_of_the_data_is_not_that_of_the_check():
     """Draws by the numbers that made the data would reproduce their codes."""
     torch.manual_seed(0)
     model = GaussianDictionary()
-    x, z = model.sample(2_000)
+    x, _ = model.sample(2_000)
     assert not fails(residual_check(model, x, seed=0).pit)
     first, second = (residual_check(model, x, seed=s).chi_square for s in (0, 1))
     assert not torch.equal(first, second)

@@ -82,7 +82,7 @@ def test_chance_is_that_of_random_directions(d_sae, d_in, threshold):
         [(max_cosines(o, random_rows(n // 20, d_in, 100 + s)) > threshold).double()
          for s, o in enumerate(other)]
     ).reshape(20, -1).mean(1)  # fmt: skip
-    # Features looked for in one dictionary are not independent: the error is that over dictionaries.
+    # Features looked for in one dictionary are not independent: the error is that over the 20.
     error = float(share.std()) / math.sqrt(20)
     expected = chance_reappearance(d_sae, d_in, threshold)
     assert float(share.mean()) == pytest.approx(expected, abs=4.5 * error)
