@@ -92,7 +92,7 @@ def _without_truth(
 def _importance(
     model: ps.SpikeSlabDictionary, x: Tensor, posterior: ps.CodePosterior | None, seed: int
 ) -> dict[str, Any]:
-    found = metrics.importance_diagnostics(model, x, posterior, n_draws=500, seed=seed)
+    found = metrics.importance_diagnostics(model, x, posterior, n_draws=1_000, seed=seed)
     return {
         "share_k_hat_above": found.share_above_limit,
         "elbo": float(found.elbo.mean()),

@@ -63,7 +63,7 @@ def residual_check(
 
     Notes
     -----
-    Source: Johnson (2007), "Bayesian model assessment using pivotal quantities", theorem 1.
+    Source: Johnson (2007), "Bayesian model assessment using pivotal quantities".
 
     Examples
     --------
@@ -145,4 +145,6 @@ def loo_pit(
 
     weights = psis(-by_case(law.log_prob(x)))
     pit = arviz_loo_pit(x.double().flatten().cpu().numpy(), by_case(replicate), weights.log_weights)
-    return LooPit(*(torch.from_numpy(v).reshape(x.shape) for v in (pit, weights.k_hat)))
+    return LooPit(
+        *(torch.from_numpy(v).reshape(x.shape).to(x.device) for v in (pit, weights.k_hat))
+    )

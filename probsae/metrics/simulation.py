@@ -39,7 +39,7 @@ def simulation_ranks(
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018), "Validating Bayesian inference
     algorithms with simulation-based calibration", theorem 1; ties as in Modrak et al. (2023),
     "Simulation-based calibration checking for Bayesian computation: the choice of test quantities
-    shapes sensitivity", section 2.
+    shapes sensitivity".
 
     Examples
     --------
