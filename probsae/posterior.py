@@ -1,10 +1,8 @@
-"""The posterior as an arviz object: the only module that imports arviz."""
+"""The posterior as an arviz object."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probsae.activations.source import check_activations
+from probsae.arviz_face import import_arviz as _arviz
 from probsae.inference.elbo import elbo_terms
 from probsae.models.base import SparseDictionary
 
@@ -139,11 +138,3 @@ def _assemble(groups: dict[str, dict[str, np.ndarray]], coords: dict[str, np.nda
     if int(az.__version__.split(".")[0]) < 1:
         return az.from_dict(**groups, coords=coords, dims=_DIMS)
     return az.from_dict(groups, coords=coords, dims=_DIMS)
-
-
-def _arviz() -> ModuleType:
-    """Import arviz when it is needed (it takes seconds), without its notice of version 1.0."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        import arviz
-    return arviz

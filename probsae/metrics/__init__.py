@@ -1,15 +1,35 @@
 """What a comparison is made of; each number's definition, direction and chance level."""
 
 from probsae.metrics.calibration import (
+    MagnitudeStrata,
     Reliability,
     band_ece,
     brier,
     brier_skill,
-    interval_coverage,
+    inclusion_by_magnitude,
     log_score_per_positive,
-    mean_interval_width,
     reliability,
 )
+from probsae.metrics.coverage import (
+    Coverage,
+    code_coverage,
+    code_pit,
+    interval_coverage,
+    mean_interval_width,
+)
+from probsae.metrics.directions import (
+    DirectionCalibration,
+    bad_feature_auroc,
+    direction_calibration,
+    expected_misalignment,
+)
+from probsae.metrics.importance import (
+    ImportanceDiagnostics,
+    importance_diagnostics,
+    log_importance_ratios,
+)
+from probsae.metrics.predictive import LooPit, ResidualCheck, loo_pit, residual_check
+from probsae.metrics.ranking import DoubtScore, auroc, score_doubt
 from probsae.metrics.reconstruction import fvu, mse
 from probsae.metrics.recovery import (
     Match,
@@ -24,6 +44,7 @@ from probsae.metrics.recovery import (
     share_recovered,
     support_scores,
 )
+from probsae.metrics.simulation import active_count, sbc_ranks, simulation_ranks
 from probsae.metrics.sparsity import (
     alive_features,
     dead_features,
@@ -31,32 +52,80 @@ from probsae.metrics.sparsity import (
     firing_rates,
     l0,
 )
+from probsae.metrics.stability import (
+    Alignment,
+    DirectionRhat,
+    MmcsTable,
+    Reappearance,
+    align,
+    chance_reappearance,
+    direction_rhat,
+    instability_auroc,
+    mmcs_table,
+    reappearance,
+)
+from probsae.metrics.uniformity import Uniformity, pit_uniformity, rank_uniformity
 
 __all__ = [
+    "Alignment",
+    "Coverage",
+    "DirectionCalibration",
+    "DirectionRhat",
+    "DoubtScore",
+    "ImportanceDiagnostics",
+    "LooPit",
+    "MagnitudeStrata",
     "Match",
+    "MmcsTable",
+    "Reappearance",
     "Reliability",
+    "ResidualCheck",
     "SupportScores",
+    "Uniformity",
+    "active_count",
+    "align",
     "alive_features",
+    "auroc",
+    "bad_feature_auroc",
     "band_ece",
     "best_threshold_f1",
     "brier",
     "brier_skill",
     "chance_level",
+    "chance_reappearance",
+    "code_coverage",
+    "code_pit",
     "dead_features",
     "density_histogram",
+    "direction_calibration",
+    "direction_rhat",
+    "expected_misalignment",
     "firing_rates",
     "fvu",
+    "importance_diagnostics",
+    "inclusion_by_magnitude",
+    "instability_auroc",
     "interval_coverage",
     "l0",
+    "log_importance_ratios",
     "log_score_per_positive",
+    "loo_pit",
     "match_features",
     "max_cosines",
     "mcc",
     "mean_interval_width",
     "mmcs",
     "mmcs_precision",
+    "mmcs_table",
     "mse",
+    "pit_uniformity",
+    "rank_uniformity",
+    "reappearance",
     "reliability",
+    "residual_check",
+    "sbc_ranks",
+    "score_doubt",
     "share_recovered",
+    "simulation_ranks",
     "support_scores",
 ]

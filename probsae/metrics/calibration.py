@@ -1,10 +1,13 @@
-"""Whether stated probabilities and intervals are true.
+"""Whether stated probabilities of being active are true.
 
 All functions take matched features: column j of the prediction and of the truth are one feature.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -38,9 +41,8 @@ def log_score_per_positive(
     n_positive = int(is_true.sum())
     if n_positive == 0:
         raise ValueError("the truth must hold at least one active code")
-    # float32 rounds probabilities to 0 and 1: the score stays finite at its last digit.
-    p = p_active.double().clamp(1e-7, 1 - 1e-7)
-    return float(torch.where(is_true, p, 1 - p).log().sum() / n_positive)
+    p = p_active.double()
+    return float(_log_in_float32(torch.where(is_true, p, 1 - p)).sum() / n_positive)
 
 
 class Reliability(NamedTuple):
@@ -99,26 +101,93 @@ def band_ece(
     return float((gap * bins.count).sum() / bins.count.sum())
 
 
-def interval_coverage(
-    lower: Float[Tensor, "token pair"],
-    upper: Float[Tensor, "token pair"],
+class MagnitudeStrata(NamedTuple):
+    """Inclusion by the size of the true code; the first stratum holds the inactive codes.
+
+    Means over an empty stratum are NaN.
+    """
+
+    lower: Float[Tensor, " stratum"]
+    """Codes of a stratum have lower < |z| <= upper, units of the activations; 0 and 0 are z = 0."""
+    upper: Float[Tensor, " stratum"]
+    count: Int[Tensor, " stratum"]
+    """Codes in the stratum."""
+    p_active: Float[Tensor, " stratum"]
+    """Their mean probability; that of the first stratum is better low, of the others high."""
+    share_found: Float[Tensor, " stratum"]
+    """Share with p_active > .5: the recall there, and in the first stratum false alarms."""
+    brier: Float[Tensor, " stratum"]
+    """Mean squared difference of probability and event; lower is better."""
+    log_score: Float[Tensor, " stratum"]
+    """Mean log-probability of what is true; nats, higher is better."""
+
+
+def inclusion_by_magnitude(
+    p_active: Float[Tensor, "token pair"],
     z: Float[Tensor, "token pair"],
-    where: Bool[Tensor, "token pair"] | None = None,
-) -> float:
-    """Share of true codes inside their interval; `where` restricts it, say to active codes."""
-    is_inside = (z >= lower) & (z <= upper)
-    if where is not None:
-        is_inside = is_inside[where]
-    return float(is_inside.double().mean())
+    edges: Sequence[float],
+) -> MagnitudeStrata:
+    """Split the scores of inclusion by the size of the true code.
+
+    Codes far below the noise scale cannot be told from none by anyone, so scores over all codes
+    depend on how many such codes the data have.
+
+    Parameters
+    ----------
+    p_active : Tensor, shape (token, pair)
+        Stated probabilities of matched features.
+    z : Tensor, shape (token, pair)
+        True codes.
+    edges : sequence of float
+        Ascending positive sizes, units of the activations; multiples of the noise scale, say.
+        The strata are z = 0, 0 < |z| <= edges[0], and so on, the last one without upper end.
+
+    Returns
+    -------
+    MagnitudeStrata
+        Weighted by `count`, `brier` has the mean `brier(...)`, and `log_score` the sum that
+        `log_score_per_positive` divides.
+
+    Raises
+    ------
+    ValueError
+        If the edges are not positive and ascending.
+
+    Notes
+    -----
+    A stratum knows more than the posterior did: within one, true probabilities do not average to
+    the share of active codes, which is 1. Without any information `p_active` is the firing rate
+    in every stratum.
+
+    Examples
+    --------
+    >>> p, z = torch.tensor([[0.1, 0.4, 0.9]]), torch.tensor([[0.0, 0.2, 1.0]])
+    >>> inclusion_by_magnitude(p, z, [0.5]).share_found.tolist()
+    [0.0, 0.0, 1.0]
+    """
+    if not edges or not all(a < b for a, b in pairwise([0.0, *edges])):
+        raise ValueError(f"edges must be positive and ascending, got {list(edges)}")
+    inner = torch.tensor([0.0, *edges], dtype=torch.float64, device=z.device)
+    size = z.double().abs().flatten()
+    index, n_strata = torch.bucketize(size, inner), len(inner) + 1
+    p, event = p_active.double().flatten(), size > 0
+    count = torch.bincount(index, minlength=n_strata)
+
+    def mean(value: Tensor) -> Tensor:
+        return torch.bincount(index, weights=value, minlength=n_strata) / count
+
+    stated = torch.where(event, p, 1 - p)
+    return MagnitudeStrata(
+        lower=torch.cat([inner.new_zeros(1), inner]),
+        upper=torch.cat([inner, inner.new_tensor([math.inf])]),
+        count=count,
+        p_active=mean(p),
+        share_found=mean((p > 0.5).double()),
+        brier=mean((1 - stated).square()),
+        log_score=mean(_log_in_float32(stated)),
+    )
 
 
-def mean_interval_width(
-    lower: Float[Tensor, "token pair"],
-    upper: Float[Tensor, "token pair"],
-    where: Bool[Tensor, "token pair"] | None = None,
-) -> float:
-    """Mean of upper - lower, units of the activations; `where` restricts it."""
-    width = upper - lower
-    if where is not None:
-        width = width[where]
-    return float(width.double().mean())
+def _log_in_float32(p: Tensor) -> Tensor:
+    """Logarithm of a probability that float32 may have rounded to 0 or 1, finite there."""
+    return p.clamp(1e-7, 1 - 1e-7).log()

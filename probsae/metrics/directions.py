@@ -1,0 +1,161 @@
+"""Whether the stated uncertainty of directions is true."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from scipy.stats import chi2, spearmanr
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from probsae.metrics.ranking import DoubtScore, score_doubt
+from probsae.metrics.recovery import match_features, max_cosines
+
+
+def expected_misalignment(
+    direction_variance: Float[Tensor, " feature"], d_in: int
+) -> Float[Tensor, " feature"]:
+    """Return E(1 - cos) = (d_in - 1) v / 2 between a true direction and its posterior mean.
+
+    To first order in v: an error e ~ N(0, v I) of a unit vector turns it by its d_in - 1
+    components across, and 1 - cos is half their squared length.
+
+    Parameters
+    ----------
+    direction_variance : Tensor, shape (feature,)
+        v, the posterior variance of each coordinate of the unit direction: for a row with mean M
+        and covariance C I, C / |M|^2.
+    d_in : int
+        Width of the activations.
+
+    Examples
+    --------
+    >>> expected_misalignment(torch.tensor([0.01]), d_in=21)
+    tensor([0.1000])
+    """
+    return 0.5 * (d_in - 1) * direction_variance
+
+
+class DirectionCalibration(NamedTuple):
+    """Predicted beside actual 1 - cosine of the features that were found."""
+
+    predicted: Float[Tensor, " pair"]
+    """Expected 1 - cosine."""
+    actual: Float[Tensor, " pair"]
+    """1 - cosine with the matched true feature."""
+    median_ratio: float
+    """Median of predicted / actual: 1 is true, below it over-confident."""
+    spearman: float
+    """Rank correlation of the two; 0 by chance. NaN with fewer than 3 pairs, or equal ones."""
+    coverage: float
+    """Share of pairs whose actual 1 - cosine lies in its equal-tailed interval of `level`."""
+    level: float
+    share_kept: float
+    """Share of true features that are matched at a cosine above the threshold."""
+
+
+@torch.no_grad()
+def direction_calibration(
+    directions: Float[Tensor, "d_sae d_in"],
+    features: Float[Tensor, "feature d_in"],
+    direction_variance: Float[Tensor, " d_sae"],
+    *,
+    threshold: float = 0.9,
+    level: float = 0.9,
+) -> DirectionCalibration:
+    """Compare the uncertainty of directions with their distance from the true ones.
+
+    Under the posterior 2 (1 - cos) / v is chi-square with d_in - 1 degrees of freedom, to first
+    order in v: that gives the interval.
+
+    Parameters
+    ----------
+    directions : Tensor, shape (d_sae, d_in)
+        Posterior means of the learned rows, of any norm.
+    features : Tensor, shape (feature, d_in)
+        True directions, of any norm.
+    direction_variance : Tensor, shape (d_sae,)
+        See `expected_misalignment`.
+    threshold : float, default 0.9
+        Pairs of the Hungarian matching with a lower cosine are left out: posteriors describe the
+        surroundings of one optimum, not whether it is the right one. `share_kept` says how many
+        remain.
+    level : float, default 0.9
+        Of the interval.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a variance is not positive, or the level is outside (0, 1).
+    """
+    _check_variance(directions, direction_variance)
+    if not 0 < level < 1:
+        raise ValueError(f"level must be strictly between 0 and 1, got {level}")
+    match = match_features(directions, features).above(threshold)
+    columns = match.learned.to(directions.device)
+    variance = direction_variance.double()[columns].cpu()
+    learned = normalize(directions.double()[columns].cpu(), dim=-1)
+    true = normalize(features.double().cpu()[match.true], dim=-1)
+    # Half the squared distance of unit vectors: 1 - cos without its cancellation.
+    actual = 0.5 * (learned - true).square().sum(-1)
+    d_in = directions.shape[1]
+    predicted = expected_misalignment(variance, d_in)
+    lower, upper = (float(chi2.ppf(t, d_in - 1)) for t in ((1 - level) / 2, (1 + level) / 2))
+    turned = 2 * actual / variance
+    return DirectionCalibration(
+        predicted=predicted,
+        actual=actual,
+        median_ratio=_median(predicted / actual),
+        spearman=_spearman(predicted, actual),
+        coverage=float(((turned >= lower) & (turned <= upper)).double().mean()),
+        level=level,
+        share_kept=len(columns) / len(features),
+    )
+
+
+@torch.no_grad()
+def bad_feature_auroc(
+    directions: Float[Tensor, "d_sae d_in"],
+    features: Float[Tensor, "feature d_in"],
+    direction_variance: Float[Tensor, " d_sae"],
+    firing_rate: Float[Tensor, " d_sae"],
+    *,
+    threshold: float = 0.9,
+) -> DoubtScore:
+    """Measure how well a direction's uncertainty tells that it is no true feature.
+
+    A learned feature is bad where its largest cosine with a true one is below `threshold`. Minus
+    the firing rate does about as well: always read the baseline beside it.
+
+    Parameters
+    ----------
+    directions, features, direction_variance, threshold
+        See `direction_calibration`; select living features first, dead ones are trivially bad.
+    firing_rate : Tensor, shape (d_sae,)
+        Share of tokens on which each learned feature is active.
+    """
+    _check_variance(directions, direction_variance)
+    is_bad = max_cosines(features, directions) < threshold
+    return score_doubt(direction_variance, is_bad.to(direction_variance.device), firing_rate)
+
+
+def _check_variance(directions: Tensor, variance: Tensor) -> None:
+    if variance.shape != directions.shape[:1]:
+        raise ValueError(
+            f"direction_variance must have shape ({len(directions)},), one number for each "
+            f"direction, got {tuple(variance.shape)}"
+        )
+    if not bool((variance > 0).all()):
+        raise ValueError("direction_variance must be positive; a point dictionary has none")
+
+
+def _median(values: Tensor) -> float:
+    return float(values.median()) if len(values) else float("nan")
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    if len(a) < 3 or len(a.unique()) == 1 or len(b.unique()) == 1:
+        return float("nan")
+    return float(spearmanr(a.numpy(), b.numpy())[0])  # pyright: ignore[reportArgumentType]
