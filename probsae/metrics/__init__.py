@@ -1,5 +1,6 @@
 """What a comparison is made of; each number's definition, direction and chance level."""
 
+from probsae.metrics import probing
 from probsae.metrics.calibration import (
     Reliability,
     band_ece,
@@ -56,6 +57,7 @@ __all__ = [
     "mmcs",
     "mmcs_precision",
     "mse",
+    "probing",
     "reliability",
     "share_recovered",
     "support_scores",
