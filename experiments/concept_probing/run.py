@@ -213,6 +213,7 @@ def n_different(z: Tensor, labels: Tensor, types: Tensor) -> int:
     return int((probing.adjust_p_values(tests.p_value, "holm") <= HOLM_LEVEL).sum())
 
 
+@torch.no_grad()
 def facts(
     settings: Settings, methods: dict[str, Representation], held_out: ActivationStore
 ) -> dict[str, Any]:

@@ -77,8 +77,9 @@ def summary(
             sum(row.features_for_90 is not None and row.features_for_90 <= k for row in own)
             for k in probing.BUDGETS
         ]
+        score = f"{mean(r.score for r in own):.3f} [{lower:.3f}, {upper:.3f}]"
         lines.append([
-            name, f"{l0[name]:.0f}", f"{fvu[name]:.3f}" if name in fvu else "-", f"{mean(r.score for r in own):.3f} [{lower:.3f}, {upper:.3f}]",
+            name, f"{l0[name]:.0f}", f"{fvu[name]:.3f}" if name in fvu else "-", score,
             f"{mean(r.chance for r in own):.3f}", *(f"{f:.2f}" for f in fidelity),
             ", ".join(map(str, reached)), f"{mean(r.n_different for r in own):.0f}",
         ])  # fmt: skip
