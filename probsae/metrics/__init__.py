@@ -1,5 +1,6 @@
 """What a comparison is made of; each number's definition, direction and chance level."""
 
+from probsae.metrics import probing
 from probsae.metrics.calibration import (
     MagnitudeStrata,
     Reliability,
@@ -119,6 +120,7 @@ __all__ = [
     "mmcs_table",
     "mse",
     "pit_uniformity",
+    "probing",
     "rank_uniformity",
     "reappearance",
     "reliability",
