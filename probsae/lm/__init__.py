@@ -1,5 +1,15 @@
 """Dictionaries inside a language model."""
 
-from probsae.lm.splice import SpliceResult, splice
+from probsae.lm.contexts import ContextActivations, read_contexts, read_tokens
+from probsae.lm.downstream import downstream_fvu
+from probsae.lm.splice import splice
+from probsae.lm.splice_result import SpliceResult
 
-__all__ = ["SpliceResult", "splice"]
+__all__ = [
+    "ContextActivations",
+    "SpliceResult",
+    "downstream_fvu",
+    "read_contexts",
+    "read_tokens",
+    "splice",
+]
