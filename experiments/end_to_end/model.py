@@ -1,4 +1,4 @@
-"""A small language model of characters, trained here in a minute or two: four Llama layers."""
+"""A small language model of characters, trained here in a minute: four Llama layers."""
 
 from __future__ import annotations
 

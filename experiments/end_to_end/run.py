@@ -29,7 +29,15 @@ from probsae.lm import ContextActivations, EndToEnd, downstream_fvu, read_tokens
 
 HELD_OUT = 0.1
 OBJECTIVES = ("local", "end to end", "with downstream")
-COLUMNS = ("l0", "alive", "ce_increase", "ce_increase_draws", "kl", "fvu", "downstream_fvu")
+COLUMNS = {
+    "l0": "l0",
+    "alive": "alive",
+    "ce_increase": "CE +",
+    "ce_increase_draws": "of draws",
+    "kl": "KL",
+    "fvu": "fvu",
+    "downstream_fvu": "later fvu",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +119,9 @@ def measure(
 
 def table(rows: dict[str, dict], title: str) -> Table:
     """Lay out the rows for a terminal."""
-    out = Table("fit", *COLUMNS, title=title)
+    out = Table("fit", *COLUMNS.values(), title=title)
     for name, row in rows.items():
-        out.add_row(name, *(f"{row[column]:.4g}" for column in COLUMNS))
+        out.add_row(name, *(f"{row[column]:.3g}" for column in COLUMNS))
     return out
 
 
@@ -126,10 +134,10 @@ def main(
     families: tuple[str, ...] = ("TopKSAE", "SpikeSlabDictionary"),
     l0: int = 6,
     d_sae: int = 256,
-    n_steps: int = 800,
+    n_steps: int = 500,
     batch_size: int = 1_008,
     context_length: int = 64,
-    language_model_steps: int = 1_500,
+    language_model_steps: int = 800,
     n_held_out: int = 200,
     n_draws: int = 5,
     seeds: tuple[int, ...] = (0, 1),
@@ -157,7 +165,7 @@ def main(
     for seed in seeds:
         for family in families:
             for name in OBJECTIVES:
-                key = f"{family} {name} seed={seed}"
+                key = f"{family} {name} {seed}"
                 if key not in rows:
                     fitted = fit(
                         family, name, contexts, later, l0, d_sae, n_steps, batch_size, seed

@@ -124,12 +124,12 @@ def test_point_posteriors_are_not_drawn():
 
 
 def with_idle_dimensions() -> LanguageModel:
-    """A network whose loudest dimensions, the last six, no later layer reads."""
+    """A network whose loudest dimensions, the last eight, no later layer reads."""
     language_model = tiny_language_model()
     network = language_model.network
-    network.embed.weight[:, 6:] *= 3
+    network.embed.weight[:, 4:] *= 3
     for reader in (network.layers[1].mlp[0], network.head):
-        reader.weight[:, 6:] = 0
+        reader.weight[:, 4:] = 0
     return language_model
 
 
@@ -140,19 +140,19 @@ def test_what_the_output_does_not_depend_on_is_left_out():
     objectives = {
         "local": None,
         "output": EndToEnd(contexts),
-        "later": EndToEnd(contexts, later=later, later_weight=3.0),
+        "later": EndToEnd(contexts, later=later, later_weight=0.3),
     }
     kl, here, behind = {}, {}, {}
     for name, chosen in objectives.items():
         model = make(ps.TopKSAE, 12, 24)
         result = ps.fit(
-            model, contexts, objective=chosen, n_steps=150, batch_size=64, learning_rate=1e-2
+            model, contexts, objective=chosen, n_steps=100, batch_size=64, learning_rate=3e-2
         )
         assert result.history["l0"][-1] <= 4
         kl[name] = splice(language_model, hook, model, IDS).kl
         here[name] = ps.evaluate([model], first_batch(contexts, 256)).rows[0].fvu
         behind[name] = downstream_fvu(language_model, hook, model, IDS, later)["layers.1"]
-    assert kl["output"] < 0.3 * kl["local"]
+    assert kl["output"] < 0.5 * kl["local"]
     assert kl["output"] < kl["later"] < kl["local"]
     assert here["local"] < here["later"] < here["output"]
     assert behind["later"] < 0.5 * behind["output"]
