@@ -2,7 +2,7 @@
 
     python -m experiments.end_to_end.run --text book.txt --out runs/end_to_end
     python -m experiments.end_to_end.run --text book.txt --model MODEL --hook model.layers.7 \
-        --later model.layers.11 model.layers.19 --d-sae 4096 --n-steps 5000 --batch-size 4064
+        --later model.layers.11 model.layers.19 --l0 32 --d-sae 4096 --n-steps 5000 --batch-size 4032
 
 Without --model a language model of characters is trained first. Each row is kept as it is
 finished: a run that was killed goes on.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -144,7 +143,6 @@ def main(
 ) -> None:
     """Fit every family under every objective, measure, print; rows are kept under `out`."""
     words = text.read_text(encoding="utf-8")
-    start = time.monotonic()
     if model is None:
         tokenizer = CharacterTokenizer(words)
         token_ids = contexts_of(tokenizer, words, context_length)
@@ -171,7 +169,7 @@ def main(
                         family, name, contexts, later, l0, d_sae, n_steps, batch_size, seed
                     )
                     row = measure(fitted, language_model, hook, later, held_out, n_draws)
-                    rows[key] = {**row, "seconds_since_start": round(time.monotonic() - start)}
+                    rows[key] = row
                     results_file.write_text(json.dumps(rows, indent=1))
     Console().print(table(rows, f"{language_model.name}, {hook}, {held_out.numel():,} held out"))
 

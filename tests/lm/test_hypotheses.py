@@ -1,14 +1,12 @@
 """The likelihood-ratio proxy and a feature's scores against it: by hand, and on two languages."""
 
-import argparse
-import inspect
 import math
 
 import pytest
 import torch
 
 import probsae as ps
-from probsae.lm import log_likelihood_ratio, read_tokens, score_hypothesis
+from probsae.lm import log_likelihood_ratio, score_hypothesis
 from tests.lm.tiny import signed_identity
 
 # A text of two kinds: tokens 0-3 of one, 3-6 of the other, 3 of both.
@@ -103,30 +101,3 @@ def test_bad_arguments():
         log_likelihood_ratio(ALL, ONE, ALL, window=0)
     with pytest.raises(ValueError, match="0 and 1200 tokens"):
         log_likelihood_ratio(ALL, ONE[:0], ALL)
-
-
-@pytest.mark.slow
-def test_code_against_prose_in_smollm2(smollm2, corpus):
-    """A cluster of layer 7 chosen for "code" on some text is one on other text."""
-    hook, length = "model.layers.7", 64
-    texts = [corpus[0].read_text(encoding="utf-8")[:30_000], inspect.getsource(argparse)[:30_000]]
-    prose, code = (
-        torch.tensor(ids[: 24 * length]).view(24, length) for ids in smollm2.tokenize(texts)
-    )
-    # The counts, the choice, and the judgement each have texts of their own.
-    counted, chosen_on, judged_on = (
-        torch.cat([prose[part], code[part]])
-        for part in (slice(0, 12), slice(12, 18), slice(18, 24))
-    )
-    x, y = (read_tokens(smollm2, hook, ids) for ids in (chosen_on, judged_on))
-    dictionary = ps.baselines.KMeans(12).fit(x)
-
-    def scores(x, ids):
-        proxy = log_likelihood_ratio(ids, code[:12], counted, window=8)
-        return score_hypothesis(dictionary, x, proxy[:, 1:].flatten())
-
-    best = int(scores(x, chosen_on).correlation.nan_to_num(-1).argmax())
-    judged = scores(y, judged_on)
-    assert 0.3 < judged.share < 0.7
-    assert judged.precision[best] > judged.share + 0.2
-    assert judged.correlation[best] > 0.2
