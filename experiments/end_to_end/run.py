@@ -2,7 +2,8 @@
 
     python -m experiments.end_to_end.run --text book.txt --out runs/end_to_end
     python -m experiments.end_to_end.run --text book.txt --model MODEL --hook model.layers.7 \
-        --later model.layers.11 model.layers.19 --l0 32 --d-sae 4096 --n-steps 5000 --batch-size 4032
+        --later model.layers.11 model.layers.19 --l0 32 --d-sae 4096 \
+        --n-steps 5000 --batch-size 4032
 
 Without --model a language model of characters is trained first. Each row is kept as it is
 finished: a run that was killed goes on.
