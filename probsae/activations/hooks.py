@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -126,6 +127,14 @@ def edited(hook: HookPoint, edit: Edit) -> Iterator[None]:
     """Replace what passes `hook` by `edit` of it, inside the block."""
     with _attached([(hook, edit)]):
         yield
+
+
+@contextmanager
+def recorded(hooks: Sequence[HookPoint]) -> Iterator[dict[str, Tensor]]:
+    """Keep what passes each hook inside the block, by the hook's name and with its gradient."""
+    seen: dict[str, Tensor] = {}
+    with _attached([(hook, partial(seen.__setitem__, hook.name)) for hook in hooks]):
+        yield seen
 
 
 @contextmanager

@@ -57,11 +57,13 @@ class LanguageModel:
         """Text of each token on its own."""
         return [self.tokenizer.decode([int(i)]) for i in token_ids]
 
-    @torch.no_grad()
     def logits(
         self, token_ids: Int[Tensor, "sequence position"]
     ) -> Float[Tensor, "sequence position vocabulary"]:
-        """Next-token logits, float32; sequences are padded on the right, which causality hides."""
+        """Next-token logits, float32; sequences are padded on the right, which causality hides.
+
+        Differentiable by what an edit put in at a hook; by the weights only if they ask for it.
+        """
         output = self.network(input_ids=token_ids.to(self.device), use_cache=False)
         return (output if isinstance(output, Tensor) else output.logits).float()
 

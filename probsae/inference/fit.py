@@ -18,7 +18,7 @@ from probsae.activations.source import ActivationData, batches, check_activation
 from probsae.inference.callbacks import Callback, FitState, load_checkpoint
 from probsae.inference.running_dictionary import RunningDictionary
 from probsae.inference.schedule import Schedule
-from probsae.inference.step import Precision, Step, products_in, training_step
+from probsae.inference.step import LossFunction, Precision, Step, products_in, training_step
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import typical_code_size
 
@@ -70,6 +70,7 @@ def fit(
     callbacks: Iterable[Callback] = (),
     schedule: Schedule | None = None,
     elbo: ELBO | None = None,
+    objective: LossFunction | None = None,
     n_tokens: int | None = None,
     precision: Precision = "float32",
     compile: bool | None = None,
@@ -103,6 +104,9 @@ def fit(
     elbo : pyro.infer.ELBO, optional
         Any Pyro ELBO, on the model's Pyro programs, instead of the closed form. A model whose
         decoder is not linear uses `TraceMeanField_ELBO()`.
+    objective : callable, optional
+        (model, x, kl_weight) -> Objective, instead of either: another loss, such as
+        `probsae.lm.EndToEnd`. It is given whole batches as `data` deals them out.
     n_tokens : int, optional
         Size of the data set that the batches stand for, which weighs the prior of learned
         parameters; taken from the data where they have a size, else n_steps * batch_size.
@@ -140,6 +144,8 @@ def fit(
     for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if elbo is not None and objective is not None:
+        raise ValueError("pass either elbo or objective, not both: each is the whole loss")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     schedule = schedule or Schedule(**model.schedule_defaults)
     learning_rate = model.default_learning_rate if learning_rate is None else learning_rate
@@ -151,7 +157,7 @@ def fit(
     model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size
     optimizer = _adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
-    step = training_step(model, elbo, compile, batch_size, n_steps)
+    step = training_step(model, elbo, compile, batch_size, n_steps, objective)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), products_in(model, precision):
         torch.manual_seed(seed)

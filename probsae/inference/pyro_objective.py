@@ -9,7 +9,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from probsae.inference.elbo import Objective
+from probsae.inference.elbo import Objective, codes_shown
 from probsae.models.base import SparseDictionary, as_event
 
 
@@ -29,7 +29,7 @@ def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
 def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tensor) -> Objective:
     posterior = model.posterior(x)
     kl = kl_divergence(as_event(posterior.distribution), model.prior()).mean()
-    squared_error = (x - model.decode(posterior.mean)).square().sum()
+    squared_error = (x - model.decode(posterior.mean)).square().sum(-1)
     log_likelihood = kl_weight * kl - loss.detach()
     return Objective(
         loss=loss,
@@ -37,8 +37,5 @@ def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tenso
         log_likelihood=log_likelihood,
         kl=kl,
         auxiliary=torch.zeros_like(kl),
-        fvu=squared_error / (x - x.mean(0)).square().sum(),
-        firing_rate=posterior.p_active.mean(0),
-        code_spread=posterior.variance.mean(0),
-        code_mean=posterior.mean,
+        **codes_shown(x, posterior, squared_error),
     )

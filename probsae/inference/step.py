@@ -27,6 +27,9 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 Step = Callable[[SparseDictionary, Tensor, Tensor], Objective]
 """(model, x, kl_weight) -> what the step showed, detached; gradients are added to the model's."""
 
+LossFunction = Callable[[SparseDictionary, Tensor, Tensor], Objective]
+"""(model, x, kl_weight) -> loss and what to show, the loss with gradient; x a whole batch."""
+
 
 def training_step(
     model: SparseDictionary,
@@ -34,8 +37,11 @@ def training_step(
     compile: bool | None,
     batch_size: int,
     n_steps: int,
+    loss_function: LossFunction | None = None,
 ) -> Step:
-    """Choose between the closed form, compiled or not, and a Pyro ELBO."""
+    """Choose between a loss of the caller's, the closed form, compiled or not, and a Pyro ELBO."""
+    if loss_function is not None:
+        return lambda *inputs: _differentiate(loss_function, *inputs)
     if elbo is None and not model.has_linear_decoder:
         elbo = TraceMeanField_ELBO()
     if elbo is not None:
@@ -68,7 +74,7 @@ def _differentiate(
     n_tokens: int | None = None,
 ) -> Objective:
     """Add the gradient of the loss, taken over pieces of `n_tokens`, to the model's."""
-    pieces = x.split(n_tokens or len(x))
+    pieces = (x,) if n_tokens is None else x.split(n_tokens)
     means, codes = [], []
     for piece in pieces:
         *terms, code_mean = function(model, piece, kl_weight)

@@ -1,37 +1,102 @@
-"""Splicing: identities that hold for any model, an answer by hand, and a real model."""
+"""Splicing: identities that hold for any model, answers by hand, and a real model."""
 
 import math
 
 import pytest
 import torch
+from pyro.distributions import Normal
+from scipy import stats
 
 import probsae as ps
-from probsae.lm import splice
-from tests.lm.tiny import VOCABULARY, tiny_language_model
+from probsae.distributions import SpikeSlab
+from probsae.lm import SpliceResult, downstream_fvu, read_tokens, splice
+from tests.conftest import FALSE_ALARM_RATE
+from tests.lm.tiny import VOCABULARY, signed_identity, tiny_gpt2, tiny_language_model, tiny_llama
 
 IDS = torch.randint(VOCABULARY, (6, 9), generator=torch.Generator().manual_seed(0))
+D_IN = 12
 
 
-def test_identity_changes_nothing():
-    result = splice(tiny_language_model(), "layers.0", lambda x: x, IDS, batch_size=4)
+class Coin:
+    """A dictionary of one feature that is on, at 1, with probability .3, whatever it sees."""
+
+    def __init__(self, d_in: int = D_IN):
+        self.W_dec = torch.ones(1, d_in)
+
+    def encode(self, x):
+        logits = torch.full((len(x), 1), math.log(0.3 / 0.7))
+        slab = Normal(torch.ones(len(x), 1), torch.full((len(x), 1), 1e-9))
+        return ps.CodePosterior(SpikeSlab(logits, slab))
+
+    def decode(self, z):
+        return z @ self.W_dec
+
+    def dictionary(self):
+        return self.W_dec
+
+
+def constant(value: torch.Tensor) -> ps.ReLUSAE:
+    """An SAE without an active feature: it decodes everything to `value`."""
+    model = ps.ReLUSAE(d_in=len(value), d_sae=4)
+    with torch.no_grad():
+        model.b_dec.copy_(value)
+        model.b_enc.fill_(-1e9)
+    return model.eval()
+
+
+@pytest.mark.parametrize("replacement", [lambda x: x, signed_identity(D_IN)])
+@pytest.mark.parametrize("hook", ["layers.0", "layers.1", "layers.1.mlp", "layers.1:input"])
+def test_identity_changes_nothing(replacement, hook):
+    result = splice(tiny_language_model(), hook, replacement, IDS, batch_size=4)
     assert result.cross_entropy_spliced == pytest.approx(result.cross_entropy, rel=1e-6)
     assert result.kl == pytest.approx(0, abs=1e-6)
     assert result.loss_recovered == pytest.approx(1)
+    assert result.loss_recovered_from_mean == pytest.approx(1)
     assert result.n_tokens == 6 * 8
 
 
-def test_zeros_recover_nothing():
-    result = splice(tiny_language_model(), "layers.0", torch.zeros_like, IDS)
+def test_zero_dictionary_is_zero_ablation():
+    result = splice(tiny_language_model(), "layers.0", constant(torch.zeros(D_IN)), IDS)
+    assert torch.equal(result.token_cross_entropy_spliced, result.token_cross_entropy_zero)
     assert result.loss_recovered == pytest.approx(0, abs=1e-6)
 
 
-def test_last_layer_zeroed_predicts_by_the_head_bias_alone():
+def test_dictionary_of_the_mean_is_mean_ablation():
     model = tiny_language_model()
+    mean = read_tokens(model, "layers.0", IDS, batch_size=4).mean(0)
+    result = splice(model, "layers.0", constant(mean), IDS, batch_size=4)
+    torch.testing.assert_close(
+        result.token_cross_entropy_spliced, result.token_cross_entropy_mean, rtol=1e-5, atol=1e-5
+    )
+    assert result.loss_recovered_from_mean == pytest.approx(0, abs=1e-4)
+    given = splice(model, "layers.0", lambda x: x, IDS, mean=torch.zeros(D_IN))
+    assert given.cross_entropy_mean == given.cross_entropy_zero
+
+
+def test_last_layer_by_hand():
+    model = tiny_language_model()
+    bias = model.network.head.bias
     result = splice(model, "layers.1", torch.zeros_like, IDS, keep_first=False)
-    log_probabilities = model.network.head.bias.log_softmax(0)
-    by_hand = -log_probabilities[IDS[:, 1:]].mean()
-    assert result.cross_entropy_zero == pytest.approx(float(by_hand), rel=1e-5)
-    assert result.cross_entropy_spliced == pytest.approx(float(by_hand), rel=1e-5)
+    by_hand = -bias.log_softmax(0)[IDS[:, 1:]]
+    torch.testing.assert_close(result.token_cross_entropy_zero, by_hand)
+    torch.testing.assert_close(result.token_cross_entropy_spliced, by_hand)
+    original = model.logits(IDS)[:, :-1].log_softmax(-1)
+    kl = (original.exp() * (original - bias.log_softmax(0))).sum(-1)
+    torch.testing.assert_close(result.token_kl, kl, rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_changes_nothing_before_it():
+    """Causality: what is put in at position 5 shows in predictions 5 and later only."""
+    model = tiny_llama()
+
+    def change_position_five(x):
+        x = x.view(6, 8, 16).clone()
+        x[:, 4] += 10  # position 0 is kept and not among the tokens
+        return x.flatten(0, 1)
+
+    result = splice(model, "model.layers.0", change_position_five, IDS)
+    assert torch.equal(result.token_kl[:, :5], torch.zeros(6, 5))
+    assert bool((result.token_kl[:, 5:].abs() > 1e-6).all())
 
 
 def test_first_position_is_left_alone():
@@ -45,28 +110,152 @@ def test_batch_size_does_not_matter():
         splice(tiny_language_model(), "layers.0", lambda x: 0.5 * x, IDS, batch_size=n)
         for n in (1, 6)
     ]
-    assert results[0].kl == pytest.approx(results[1].kl, rel=1e-5)
+    torch.testing.assert_close(results[0].token_kl, results[1].token_kl, rtol=1e-4, atol=1e-6)
+    assert results[0].cross_entropy_mean == pytest.approx(results[1].cross_entropy_mean, rel=1e-6)
     assert results[0].kl > 0
 
 
-def test_bad_token_ids():
+def test_raw_units_and_the_models_dtype():
+    """The dictionary sees float32 in the network's own units; the network gets its dtype back."""
+    model = tiny_llama()
+    raw = read_tokens(model, "model.layers.1", IDS)
+    model.network.bfloat16()
+    seen = []
+
+    def reconstruct(x):
+        seen.append(x)
+        return x
+
+    result = splice(model, "model.layers.1", reconstruct, IDS)
+    assert seen[0].dtype == torch.float32
+    # bfloat16 keeps 8 bits; three layers add their errors up.
+    torch.testing.assert_close(seen[0], raw, rtol=0.1, atol=0.1 * float(raw.abs().max()))
+    assert torch.equal(result.token_cross_entropy_spliced, result.token_cross_entropy)
+
+
+def test_saved_dictionary_splices_the_same(tmp_path):
+    x = read_tokens(tiny_llama(), "model.layers.1", IDS) * 1.0
+    model = ps.SpikeSlabDictionary(d_in=16, d_sae=24)
+    ps.fit(model, 50 * x, n_steps=3, batch_size=32)
+    ps.save(model, tmp_path / "saved")
+    results = [
+        splice(tiny_llama(), "model.layers.1", d, IDS).token_kl
+        for d in (model, ps.load(tmp_path / "saved"))
+    ]
+    assert torch.equal(*results)
+
+
+def test_draws_of_a_point_posterior_are_its_mean():
+    result = splice(
+        tiny_language_model(), "layers.0", constant(torch.ones(D_IN)), IDS, n_draws=3, batch_size=4
+    )
+    assert result.draw_kl.shape == (3, 6, 8)
+    for draw in result.draw_cross_entropy:
+        assert torch.equal(draw, result.token_cross_entropy_spliced)
+    assert result.interval() == pytest.approx((result.loss_recovered,) * 2)
+
+
+def test_draws_follow_the_posterior():
+    """At the last layer a token's loss has two values, one for each side of the coin."""
+    model, ids = tiny_language_model(), IDS[:1, :2]
+    n_draws = 80
+    result = splice(model, "layers.1", Coin(), ids, n_draws=n_draws, keep_first=False, seed=3)
+    on, off = (
+        splice(model, "layers.1", lambda x, v=v: torch.full_like(x, v), ids, keep_first=False)
+        for v in (1.0, 0.0)
+    )
+    draws = result.draw_cross_entropy.flatten()
+    is_on = torch.isclose(draws, on.token_cross_entropy_spliced.flatten(), atol=1e-5)
+    is_off = torch.isclose(draws, off.token_cross_entropy_spliced.flatten(), atol=1e-5)
+    assert bool((is_on ^ is_off).all())
+    p_value = stats.binomtest(int(is_on.sum()), n_draws, 0.3).pvalue
+    assert p_value > FALSE_ALARM_RATE
+    lower, upper = result.token_interval(0.9)
+    assert sorted([float(lower), float(upper)]) == pytest.approx(
+        sorted([float(draws[is_on][0]), float(draws[is_off][0])])
+    )
+
+
+def test_seed_fixes_the_draws_and_touches_no_other():
+    before = torch.get_rng_state()
+    results = [
+        splice(tiny_language_model(), "layers.0", Coin(), IDS, n_draws=4, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(results[0].draw_kl, results[1].draw_kl)
+    assert not torch.equal(results[0].draw_kl, results[2].draw_kl)
+    lower, upper = results[0].interval(0.5)
+    recovered = results[0].draw_loss_recovered
+    assert float(recovered.min()) <= lower < upper <= float(recovered.max())
+
+
+def test_context_interval():
+    """Contexts that are all alike leave nothing to chance; others do, around the estimate."""
+    original = torch.ones(40, 5)
+    noise = torch.randn(40, 1).expand(40, 5)
+    draws = torch.zeros(0, 40, 5)
+    alike = SpliceResult(original, 1.5 * original, 3 * original, original, original, draws, draws)
+    assert alike.context_interval() == pytest.approx((0.75, 0.75))
+    spread = SpliceResult(
+        original, 1.5 * original + 0.2 * noise, 3 * original, original, original, draws, draws
+    )
+    lower, upper = spread.context_interval(0.95)
+    # Loss recovered is linear in the spliced loss: its standard error is known.
+    error = float((0.1 * noise[:, 0]).std()) / math.sqrt(40)
+    assert upper - lower == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert lower < spread.loss_recovered < upper
+
+
+def test_downstream_error():
+    model = tiny_gpt2()
+    later = ["transformer.h.1", "transformer.h.2"]
+    exact = downstream_fvu(model, "transformer.h.0", signed_identity(16), IDS, later)
+    assert list(exact) == later
+    assert max(exact.values()) < 1e-10
+    mean = read_tokens(model, "transformer.h.2", IDS).mean(0)
+    fvu = downstream_fvu(
+        model, "transformer.h.2", constant(mean), IDS, ["transformer.h.2"], batch_size=4
+    )
+    assert fvu == {"transformer.h.2": pytest.approx(1, rel=1e-5)}
+
+
+def test_bad_arguments():
+    model = tiny_language_model()
     with pytest.raises(ValueError, match="at least 2 positions"):
-        splice(tiny_language_model(), "layers.0", lambda x: x, IDS[:, :1])
+        splice(model, "layers.0", lambda x: x, IDS[:, :1])
+    with pytest.raises(ValueError, match="pass the dictionary itself"):
+        splice(model, "layers.0", lambda x: x, IDS, n_draws=2)
+    result = splice(model, "layers.0", Coin(), IDS, n_draws=1)
+    with pytest.raises(ValueError, match="at least 2 posterior draws"):
+        result.interval()
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        splice(model, "layers.0", Coin(), IDS, n_draws=2).interval(1.0)
+    with pytest.raises(ValueError, match="at least 2 of them"):
+        splice(model, "layers.0", lambda x: x, IDS[:1]).context_interval()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    model = tiny_llama()
+    dictionary = ps.SpikeSlabDictionary(d_in=16, d_sae=24)
+    ps.fit(dictionary, read_tokens(model, "model.layers.1", IDS), n_steps=3, device="cpu")
+    on_cpu = splice(model, "model.layers.1", dictionary, IDS)
+    model.network.cuda()
+    for place in ("cpu", "cuda"):  # the dictionary need not be where the model is
+        result = splice(model, "model.layers.1", dictionary.to(place), IDS, n_draws=2)
+        torch.testing.assert_close(result.token_kl, on_cpu.token_kl, rtol=1e-3, atol=1e-5)
+        assert result.draw_kl.shape == (2, 6, 8)
 
 
 def test_dictionary_inside_smollm2(smollm2, corpus):
     text = corpus[0].read_text(encoding="utf-8")[:20_000]
     ids = torch.tensor(smollm2.tokenize([text])[0][: 8 * 64]).view(8, 64)
-    pca = ps.baselines.PCA(d_sae=64)
-    from probsae.activations.hooks import capture, find_hook
-
-    point = find_hook(smollm2.network, "model.layers.7")
-    with torch.no_grad():
-        (x,) = capture(smollm2.network, [point], lambda: smollm2.network(input_ids=ids))
-    pca.fit(x[:, 1:].flatten(0, 1))
-    result = splice(
-        smollm2, "model.layers.7", lambda x: pca.decode(pca.encode(x).mean), ids, batch_size=4
-    )
+    pca = ps.baselines.PCA(d_sae=64).fit(read_tokens(smollm2, "model.layers.7", ids))
+    result = splice(smollm2, "model.layers.7", pca, ids, batch_size=4)
     assert result.cross_entropy < result.cross_entropy_spliced < result.cross_entropy_zero
+    assert result.cross_entropy_spliced < result.cross_entropy_mean
     assert 0.3 < result.loss_recovered < 1
     assert result.cross_entropy < math.log(49_152) / 2
+    lower, upper = result.context_interval()
+    assert lower < result.loss_recovered < upper

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import probsae as ps
 from probsae.activations.language_model import LanguageModel
 
 VOCABULARY = 50
@@ -52,3 +53,46 @@ def tiny_language_model() -> LanguageModel:
         torch.manual_seed(0)
         network = TinyNetwork().requires_grad_(False)
     return LanguageModel("tiny", network, WordTokenizer())
+
+
+def tiny_llama(seed: int = 0) -> LanguageModel:
+    """A real, untrained Hugging Face Llama: RMSNorm with a gain that is not 1."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return _untrained(LlamaForCausalLM, config, seed)
+
+
+def tiny_gpt2(seed: int = 0) -> LanguageModel:
+    """A real, untrained GPT-2: LayerNorm with gain and bias."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=3, n_head=2,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return _untrained(GPT2LMHeadModel, config, seed)
+
+
+def _untrained(network_class: type, config: object, seed: int) -> LanguageModel:
+    """Weights large enough that attention and norms matter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = network_class(config).eval().requires_grad_(False)
+        for name, parameter in network.named_parameters():
+            is_gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + is_gain)
+    return LanguageModel("tiny", network, WordTokenizer())
+
+
+def signed_identity(d_in: int) -> ps.ReLUSAE:
+    """An SAE that reconstructs everything: features +e_i and -e_i."""
+    model = ps.ReLUSAE(d_in=d_in, d_sae=2 * d_in)
+    directions = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
+    with torch.no_grad():
+        model.W_dec.copy_(directions)
+        model.W_enc.copy_(directions.T)
+    return model.eval()

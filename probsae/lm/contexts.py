@@ -1,0 +1,169 @@
+"""Contexts of token ids, and the activations that a language model has on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from probsae.activations.hooks import capture, edited, find_hook
+from probsae.activations.language_model import LanguageModel
+
+
+def check_contexts(
+    token_ids: Int[Tensor, "context position"],
+) -> Int[Tensor, "context position"]:
+    """Return `token_ids` if it holds contexts in which something can be predicted."""
+    if token_ids.ndim != 2 or token_ids.shape[1] < 2 or len(token_ids) == 0:
+        raise ValueError(
+            "token_ids must have shape (context, position) with at least one context and at "
+            f"least 2 positions, got {tuple(token_ids.shape)}"
+        )
+    return token_ids
+
+
+def tokens_of(x: Float[Tensor, "context position d_in"], first: int) -> Float[Tensor, "token d_in"]:
+    """Flatten contexts from position `first` on to float32 tokens."""
+    return x[:, first:].flatten(0, 1).float()
+
+
+def with_tokens(
+    x: Float[Tensor, "context position d_in"], first: int, tokens: Float[Tensor, "token d_in"]
+) -> Float[Tensor, "context position d_in"]:
+    """Put `tokens` where `tokens_of` took them, in the dtype and on the device of `x`."""
+    replaced = tokens.to(x).reshape(x[:, first:].shape)
+    return torch.cat([x[:, :first], replaced], dim=1)
+
+
+@torch.no_grad()
+def read_contexts(
+    model: LanguageModel,
+    hook: str,
+    token_ids: Int[Tensor, "context position"],
+    *,
+    batch_size: int = 16,
+) -> Iterator[Float[Tensor, "context position d_in"]]:
+    """Run the model up to a hook and yield what passes it, some contexts at a time.
+
+    Parameters
+    ----------
+    model, hook
+        As for `splice`.
+    token_ids : Tensor, shape (context, position)
+        What to run on.
+    batch_size : int, default 16
+        Contexts of a forward pass.
+    """
+    point = find_hook(model.network, hook)
+    for ids in token_ids.split(batch_size):
+        ids = ids.to(model.device)
+
+        def forward(ids: Tensor = ids) -> None:
+            model.network(input_ids=ids, use_cache=False)
+
+        yield capture(model.network, [point], forward)[0]
+
+
+def read_tokens(
+    model: LanguageModel,
+    hook: str,
+    token_ids: Int[Tensor, "context position"],
+    *,
+    keep_first: bool = True,
+    batch_size: int = 16,
+) -> Float[Tensor, "token d_in"]:
+    """Gather the activations at a hook, float32, in the order of `token_ids`.
+
+    With `keep_first` each context's first position is left out: the labels that go with the rows
+    are those of `token_ids[:, 1:].flatten()`.
+    """
+    contexts = read_contexts(model, hook, token_ids, batch_size=batch_size)
+    return torch.cat([tokens_of(x, int(keep_first)) for x in contexts])
+
+
+class ContextActivations:
+    """Activations of whole contexts, made by the language model while a fit asks for them.
+
+    A source for `fit`. Beside the activations it knows which contexts a batch came from, so that
+    an objective can run the rest of the model on it (`EndToEnd`).
+
+    Parameters
+    ----------
+    model, hook
+        As for `splice`.
+    token_ids : Tensor, shape (context, position)
+        Contexts to train on; reshuffled at each pass.
+    keep_first : bool, default True
+        Leave out each context's first position, whose activations are massive in many models.
+
+    Attributes
+    ----------
+    d_in : int
+        Width at the hook.
+    n_tokens : int
+        Tokens of a pass.
+    n_kept : int
+        Tokens that a context gives. A fit's `batch_size` counts tokens and is rounded down to
+        whole contexts, at least one.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        hook: str,
+        token_ids: Int[Tensor, "context position"],
+        *,
+        keep_first: bool = True,
+    ):
+        self.model, self.hook = model, hook
+        self.point = find_hook(model.network, hook)
+        self.token_ids = check_contexts(token_ids)
+        self.first = int(keep_first)
+        self.n_kept = token_ids.shape[1] - self.first
+        self.n_tokens = len(token_ids) * self.n_kept
+        self.d_in = next(read_contexts(model, hook, token_ids[:1])).shape[-1]
+        # A batch is forgotten together with its tensor.
+        self._ids_of_batch = WeakTensorKeyDictionary()
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, device: torch.device | str | None = None
+    ) -> Iterator[Tensor]:
+        """Endless activations of whole contexts, shuffled context by context."""
+        n_contexts = min(max(1, batch_size // self.n_kept), len(self.token_ids))
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.token_ids), generator=generator)
+            for rows in order[: len(order) // n_contexts * n_contexts].split(n_contexts):
+                ids = self.token_ids[rows.to(self.token_ids.device)]
+                x = next(read_contexts(self.model, self.hook, ids, batch_size=n_contexts))
+                tokens = tokens_of(x, self.first).to(device)
+                self._ids_of_batch[tokens] = ids
+                yield tokens
+
+    def contexts_of(self, x: Float[Tensor, "token d_in"]) -> Int[Tensor, "context position"]:
+        """Return the token ids of a batch that `batches` yielded.
+
+        Raises
+        ------
+        ValueError
+            If `x` is not such a batch itself (a copy or a part of one is not).
+        """
+        if x not in self._ids_of_batch:
+            raise ValueError(
+                "an end-to-end objective needs whole batches of the ContextActivations that it "
+                "was made with: pass the same object to fit as data"
+            )
+        return self._ids_of_batch[x]
+
+
+def logits_with(
+    contexts: ContextActivations,
+    token_ids: Int[Tensor, "context position"],
+    tokens: Float[Tensor, "token d_in"],
+) -> Float[Tensor, "context position vocabulary"]:
+    """Logits of the model with `tokens` in place of its activations at the hook."""
+    with edited(contexts.point, lambda x: with_tokens(x, contexts.first, tokens)):
+        return contexts.model.logits(token_ids)

@@ -1,0 +1,219 @@
+"""What a feature says about the next token: its direction read through the unembedding."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from probsae.activations.hooks import find_hook
+from probsae.activations.language_model import LanguageModel
+from probsae.lm.contexts import read_contexts
+
+
+def logit_effects(
+    model: LanguageModel,
+    directions: Float[Tensor, "feature d_in"],
+    *,
+    hook: str | None = None,
+    head: str | None = None,
+    norm: str | None = None,
+) -> Float[Tensor, "feature vocabulary"]:
+    r"""Change of the next-token logits by one unit of each feature, along the direct path.
+
+    Of all paths from the hook to the logits this is the one past every later layer,
+
+        effect_i = (w_i O G) U^T,   less its mean over the vocabulary,
+
+    with U the unembedding, G the final norm's gain (a LayerNorm also subtracts the mean) and O
+    the linear map behind the hook, where the hook is that map's input. The norm divides by the
+    residual stream's size, which depends on the token: the effect of a code z is
+    z effect / s, with s from `final_scale`.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        The model, loaded.
+    directions : Tensor, shape (feature, d_in)
+        Rows of `dictionary()`; some of them, for a large vocabulary.
+    hook : str, optional
+        Where the dictionary was fitted. It matters only for the input of a linear map that
+        writes to the residual stream, such as `model.layers.7.mlp.down_proj:input`.
+    head, norm : str, optional
+        Dotted names of unembedding and final norm, where they are not found by themselves.
+
+    Returns
+    -------
+    Tensor, shape (feature, vocabulary)
+        Logits per unit of the code; positive raises a token's probability.
+
+    Raises
+    ------
+    ValueError
+        If the directions do not lie in the residual stream, or the unembedding is not found.
+
+    Notes
+    -----
+    The mean over the vocabulary is taken off because no probability depends on it. A cap or
+    factor on the logits behind the unembedding is left out. Source: Elhage et al. (2021), "A
+    mathematical framework for transformer circuits" (path expansion).
+    """
+    if hook is not None:
+        directions = _through_linear(model, hook, directions)
+    weight = folded_unembedding(model, head=head, norm=norm)
+    if directions.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"directions must lie in the residual stream, {weight.shape[1]} wide, got shape "
+            f"{tuple(directions.shape)}; pass the hook that they were fitted at"
+        )
+    return directions.to(weight) @ weight.T
+
+
+def top_tokens(
+    model: LanguageModel,
+    effects: Float[Tensor, "feature vocabulary"],
+    n_tokens: int = 10,
+    *,
+    largest: bool = True,
+) -> list[list[tuple[str, float]]]:
+    """Return each feature's most promoted tokens (or most suppressed) with their effects.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        With a tokenizer.
+    effects : Tensor, shape (feature, vocabulary)
+        From `logit_effects`.
+    n_tokens : int, default 10
+        Tokens of each feature.
+    largest : bool, default True
+        Promoted tokens; suppressed ones where False.
+    """
+    values, index = effects.topk(n_tokens, dim=-1, largest=largest)
+    return [
+        list(zip(model.decode(tokens), numbers, strict=True))
+        for tokens, numbers in zip(index.tolist(), values.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def folded_unembedding(
+    model: LanguageModel, *, head: str | None = None, norm: str | None = None
+) -> Float[Tensor, "vocabulary d_model"]:
+    """Return the unembedding with the final norm's gain folded in, centred over the vocabulary.
+
+    Parameters
+    ----------
+    model, head, norm
+        As for `logit_effects`.
+
+    Notes
+    -----
+    The gain is measured, not read, since families store it differently (as g, as 1 + g): a norm
+    leaves vectors of +1 and -1 with mean 0 as they are, but for gain and bias.
+    """
+    weight = _unembedding(model.network, head).weight.float()
+    module = final_norm(model, norm)
+    if module is not None:
+        signs = _alternating(module, weight)
+        odd = (module(signs) - module(-signs)).float() / 2
+        weight = weight * (odd * signs.float())
+        if _is_centering(module, weight):
+            weight = weight - weight.mean(1, keepdim=True)
+    return weight - weight.mean(0)
+
+
+@torch.no_grad()
+def final_scale(
+    model: LanguageModel,
+    token_ids: Int[Tensor, "context position"],
+    *,
+    norm: str | None = None,
+    batch_size: int = 16,
+) -> float:
+    """Return the median over tokens of what the final norm divides by; 1 without a norm.
+
+    Parameters
+    ----------
+    model, norm
+        As for `logit_effects`.
+    token_ids : Tensor, shape (context, position)
+        Text that is typical of where the effects are to be judged.
+    batch_size : int, default 16
+        Contexts of a forward pass.
+    """
+    module = final_norm(model, norm)
+    if module is None:
+        return 1.0
+    name = next(name for name, value in model.network.named_modules() if value is module)
+    sizes = []
+    for x in read_contexts(model, f"{name}:input", token_ids, batch_size=batch_size):
+        is_centering = _is_centering(module, x)
+        x = x.float()
+        if is_centering:
+            x = x - x.mean(-1, keepdim=True)
+        sizes.append(x.square().mean(-1).sqrt().flatten())
+    return float(torch.cat(sizes).median())
+
+
+def final_norm(model: LanguageModel, name: str | None = None) -> nn.Module | None:
+    """Return the norm before the unembedding: the last one that is in no layer; or None."""
+    if name is not None:
+        return find_hook(model.network, name).module
+    norms = [
+        module
+        for path, module in model.network.named_modules()
+        if path and not any(map(str.isdigit, path.split("."))) and _is_norm(path, module)
+    ]
+    return norms[-1] if norms else None
+
+
+def _is_norm(path: str, module: nn.Module) -> bool:
+    name = path.rpartition(".")[2]
+    return name.startswith("ln_") or any(
+        "norm" in word.lower() for word in (name, type(module).__name__)
+    )
+
+
+def _unembedding(network: nn.Module, name: str | None) -> nn.Linear:
+    if name is not None:
+        module = find_hook(network, name).module
+    else:
+        find = getattr(network, "get_output_embeddings", lambda: None)
+        module = find()
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            "the unembedding must be a linear map from the residual stream to logits, got "
+            f"{type(module).__name__}; pass its name as head="
+        )
+    return module
+
+
+def _alternating(module: nn.Module, like: Tensor) -> Float[Tensor, " d_model"]:
+    """Return +1, -1, +1...: of mean 0 and mean square 1, as wide as `like`."""
+    width = like.shape[-1]
+    if width % 2:
+        raise ValueError(f"the final norm's gain is measured on an even width only, got {width}")
+    signs = torch.ones_like(next(module.parameters(), like).flatten()[:1]).repeat(width)
+    signs[1::2] = -1
+    return signs
+
+
+def _is_centering(module: nn.Module, like: Tensor) -> bool:
+    """Whether a norm subtracts the mean: then all ones and all minus ones are the same to it."""
+    ones = _alternating(module, like).abs()
+    return torch.equal(module(ones), module(-ones))
+
+
+@torch.no_grad()
+def _through_linear(
+    model: LanguageModel, hook: str, directions: Float[Tensor, "feature d_in"]
+) -> Float[Tensor, "feature d_out"]:
+    """Map directions through the linear map of which the hook is the input, if it is one."""
+    point = find_hook(model.network, hook)
+    is_linear = isinstance(point.module, nn.Linear) or type(point.module).__name__ == "Conv1D"
+    if not (point.at_input and is_linear):
+        return directions
+    weight = next(point.module.parameters())
+    inputs = directions.to(weight)
+    return (point.module(inputs) - point.module(torch.zeros_like(inputs[:1]))).float()

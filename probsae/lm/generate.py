@@ -1,0 +1,77 @@
+"""Text that a language model goes on with, sampled; inside an intervention or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from probsae.activations.language_model import LanguageModel
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompt: str | Sequence[int],
+    *,
+    n_tokens: int = 32,
+    n_samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Int[Tensor, "sample position"]:
+    """Continue a prompt; inside `ablate`, `pin` or `steer`, with the features changed.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        A Hugging Face model (its own `generate` does the work).
+    prompt : str or sequence of int
+        Text, or token ids.
+    n_tokens : int, default 32
+        Tokens to add; fewer where the model ends the text itself.
+    n_samples : int, default 1
+        Continuations.
+    temperature : float, default 0
+        Of the model's whole distribution; 0 takes the most probable token each time.
+    seed : int, default 0
+        Of the sampling. The caller's generators are not touched.
+
+    Returns
+    -------
+    Tensor, shape (sample, position)
+        New token ids; `model.tokenizer.batch_decode` turns them into text.
+
+    Raises
+    ------
+    TypeError
+        If the network has no `generate`.
+    ValueError
+        If the prompt is empty or the temperature negative.
+    """
+    network: Any = model.network
+    if not hasattr(network, "generate"):
+        raise TypeError(f"generation needs a Hugging Face model, got {type(network).__name__}")
+    ids = model.tokenize([prompt])[0] if isinstance(prompt, str) else list(prompt)
+    if not ids or temperature < 0:
+        raise ValueError(
+            f"prompt must hold a token and temperature be at least 0, got {len(ids)} tokens and "
+            f"{temperature}"
+        )
+    start = torch.tensor([ids], device=model.device)
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        both = network.generate(
+            start.expand(n_samples, -1),
+            attention_mask=torch.ones_like(start).expand(n_samples, -1),
+            max_new_tokens=n_tokens,
+            pad_token_id=network.generation_config.pad_token_id or 0,
+            **options,
+        )
+    return both[:, len(ids) :]

@@ -1,0 +1,195 @@
+"""Change single features inside a running language model: ablate, pin, steer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probsae.activations.hooks import edited, find_hook
+from probsae.activations.language_model import LanguageModel
+from probsae.evaluate import Dictionary
+from probsae.lm.contexts import read_contexts, tokens_of, with_tokens
+
+Features: TypeAlias = int | Sequence[int]
+Values: TypeAlias = float | Sequence[float] | Float[Tensor, " feature"]
+
+
+def ablate(
+    model: LanguageModel,
+    hook: str,
+    dictionary: Dictionary,
+    features: Features,
+    *,
+    keep_first: bool = True,
+) -> AbstractContextManager[None]:
+    """Take features out inside the block: their codes become 0.
+
+    Everything else stays: what changes is x + decode(z') - decode(z), so that what the dictionary
+    does not explain passes by. z is the posterior mean.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        The model, loaded.
+    hook : str
+        Where the dictionary was fitted.
+    dictionary : Dictionary
+        A fitted dictionary or baseline.
+    features : int or sequence of int
+        Which.
+    keep_first : bool, default True
+        Leave each context's first position as it is; positions that a generation adds are never
+        first.
+
+    Raises
+    ------
+    IndexError
+        If there is no such feature.
+    """
+    return pin(model, hook, dictionary, features, 0.0, keep_first=keep_first)
+
+
+def pin(
+    model: LanguageModel,
+    hook: str,
+    dictionary: Dictionary,
+    features: Features,
+    values: Values,
+    *,
+    keep_first: bool = True,
+) -> AbstractContextManager[None]:
+    """Hold features at values inside the block, on every token.
+
+    Parameters
+    ----------
+    model, hook, dictionary, features, keep_first
+        As for `ablate`.
+    values : float, or one for each feature
+        Codes, units of the activations; `maximum_codes` tells how far they go by themselves.
+    """
+
+    def change(z: Tensor, index: Tensor, new: Tensor) -> Tensor:
+        return z.index_copy(-1, index, new.expand(len(z), -1))
+
+    return _changed(model, hook, dictionary, features, values, change, keep_first)
+
+
+def steer(
+    model: LanguageModel,
+    hook: str,
+    dictionary: Dictionary,
+    features: Features,
+    amounts: Values,
+    *,
+    keep_first: bool = True,
+) -> AbstractContextManager[None]:
+    """Add to features inside the block, on every token: x + amount w, for a linear decoder.
+
+    Parameters
+    ----------
+    model, hook, dictionary, features, keep_first
+        As for `ablate`.
+    amounts : float, or one for each feature
+        Added to the codes, units of the activations.
+    """
+
+    def change(z: Tensor, index: Tensor, new: Tensor) -> Tensor:
+        return z.index_add(-1, index, new.expand(len(z), -1))
+
+    return _changed(model, hook, dictionary, features, amounts, change, keep_first)
+
+
+@torch.no_grad()
+def maximum_codes(
+    model: LanguageModel,
+    hook: str,
+    dictionary: Dictionary,
+    token_ids: Int[Tensor, "context position"],
+    *,
+    keep_first: bool = True,
+    batch_size: int = 16,
+) -> Float[Tensor, " d_sae"]:
+    """Return each feature's largest posterior mean on some text, units of the activations.
+
+    Parameters
+    ----------
+    model, hook, dictionary, keep_first
+        As for `ablate`.
+    token_ids : Tensor, shape (context, position)
+        The text.
+    batch_size : int, default 16
+        Contexts of a forward pass.
+    """
+    largest = None
+    for x in read_contexts(model, hook, token_ids, batch_size=batch_size):
+        here = dictionary.encode(tokens_of(x, int(keep_first))).mean.amax(0)
+        largest = here if largest is None else torch.maximum(largest, here)
+    if largest is None:
+        raise ValueError("token_ids must hold at least one context, got none")
+    return largest
+
+
+@contextmanager
+def _changed(
+    model: LanguageModel,
+    hook: str,
+    dictionary: Dictionary,
+    features: Features,
+    values: Values,
+    change: Callable[[Tensor, Tensor, Tensor], Tensor],
+    keep_first: bool,
+) -> Iterator[None]:
+    """Replace x by x + decode(z') - decode(z), with z' = change(z, features, values)."""
+    index, new = _matched(features, values, len(dictionary.dictionary()))
+    point = find_hook(model.network, hook)
+
+    @torch.no_grad()
+    def edit(x: Tensor) -> Tensor | None:
+        first = int(keep_first and start.is_first)
+        tokens = tokens_of(x, first)
+        if len(tokens) == 0:
+            return None
+        z = dictionary.encode(tokens).mean
+        changed = change(z, index.to(z.device), new.to(z))
+        shift = dictionary.decode(changed) - dictionary.decode(z)
+        return with_tokens(x, first, tokens + shift.to(tokens))
+
+    with _WatchedStart(model) as start, edited(point, edit):
+        yield
+
+
+class _WatchedStart:
+    """Tells whether the forward pass at work begins a context or goes on from a cache."""
+
+    def __init__(self, model: LanguageModel):
+        self.network = model.network
+        self.is_first = True
+
+    def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self.is_first = cache is None or cache.get_seq_length() == 0
+
+    def __enter__(self) -> _WatchedStart:
+        self._handle = self.network.register_forward_pre_hook(self._look, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def _matched(features: Features, values: Values, d_sae: int) -> tuple[Tensor, Tensor]:
+    """Return indices and values of one length."""
+    index = torch.as_tensor(features).reshape(-1)
+    if len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= d_sae:
+        raise IndexError(f"features must be indices from 0 to {d_sae - 1}, got {features}")
+    if len(index.unique()) < len(index):
+        raise IndexError(f"each feature can be named once, got {features}")
+    new = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
+    if len(new) not in (1, len(index)):
+        raise ValueError(f"there must be one value, or one for each feature, got {len(new)}")
+    return index, new.expand(len(index))

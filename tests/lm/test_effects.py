@@ -1,0 +1,123 @@
+"""Logit effects: against the derivative of real networks, and by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from probsae.activations.hooks import edited, find_hook, recorded
+from probsae.lm import final_scale, folded_unembedding, logit_effects, top_tokens
+from tests.lm.tiny import VOCABULARY, tiny_gpt2, tiny_language_model, tiny_llama
+
+IDS = torch.randint(VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+
+FAMILIES = {
+    "llama": (tiny_llama, "model.layers.2", "model.norm", "mlp.down_proj:input"),
+    "gpt2": (tiny_gpt2, "transformer.h.2", "transformer.ln_f", "mlp.c_proj:input"),
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def centred(logits):
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def moved(model, hook, directions, code):
+    """Logits with `code` times a direction, one for each token, added at a hook."""
+    with edited(find_hook(model.network, hook), lambda x: x + code * directions):
+        return centred(model.logits(IDS)).double()
+
+
+def final_stream(model, norm):
+    with recorded([find_hook(model.network, f"{norm}:input")]) as seen:
+        model.logits(IDS)
+    return seen[f"{norm}:input"]
+
+
+@families
+def test_is_the_derivative_of_the_logits(family):
+    """A direction that leaves a token's norm alone moves its logits by effect / scale a unit."""
+    make, hook, norm, _ = FAMILIES[family]
+    model = make()
+    x = final_stream(model, norm)
+    if family == "gpt2":
+        x = x - x.mean(-1, keepdim=True)
+    w = torch.randn_like(x)
+    w = w - x * (w * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
+    if family == "gpt2":
+        w = w + 3.0  # which a LayerNorm takes off again
+    step = 1e-2  # float32: the error of the difference is some 1e-7 / 1e-2
+    derivative = (moved(model, hook, w, step) - moved(model, hook, w, -step)) / (2 * step)
+    scale = x.square().mean(-1).sqrt()
+    predicted = logit_effects(model, w.flatten(0, 1)).view(*IDS.shape, -1) / scale[..., None]
+    torch.testing.assert_close(derivative.float(), predicted, rtol=2e-3, atol=2e-4)
+    assert final_scale(model, IDS) == pytest.approx(float(scale.median()), rel=1e-5)
+
+
+@families
+def test_hidden_layer_of_an_mlp_reads_through_its_linear_map(family):
+    make, hook, _, mlp = FAMILIES[family]
+    model = make()
+    point = find_hook(model.network, f"{hook}.{mlp}")
+    with recorded([point]) as seen:
+        model.logits(IDS)
+    hidden = torch.randn(4, seen[point.name].shape[-1])
+    zero = torch.zeros_like(hidden)
+    by_hand = point.module(hidden) - point.module(zero)
+    torch.testing.assert_close(
+        logit_effects(model, hidden, hook=point.name), logit_effects(model, by_hand)
+    )
+
+
+@families
+def test_folded_unembedding_predicts_as_the_network_does(family):
+    """All of it at once: the network's centred logits are the folded map of the last layer."""
+    make, _, norm, _ = FAMILIES[family]
+    model = make()
+    x = final_stream(model, norm)
+    bias = 0
+    if family == "gpt2":
+        bias = centred(model.network.lm_head(model.network.transformer.ln_f.bias))
+        x = x - x.mean(-1, keepdim=True)
+    logits = x / x.square().mean(-1, keepdim=True).sqrt() @ folded_unembedding(model).T + bias
+    torch.testing.assert_close(logits, centred(model.logits(IDS)), rtol=1e-3, atol=1e-3)
+
+
+def test_gain_stored_as_one_plus_g():
+    """Gemma's norm multiplies by 1 + weight: the gain is measured, so it does not matter."""
+
+    class OnePlus(nn.RMSNorm):
+        def forward(self, x):
+            return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+    plain, other = tiny_llama(), tiny_llama()
+    norm = OnePlus(16, eps=plain.network.config.rms_norm_eps)
+    norm.weight = nn.Parameter(plain.network.model.norm.weight - 1, requires_grad=False)
+    other.network.model.norm = norm
+    torch.testing.assert_close(folded_unembedding(other), folded_unembedding(plain))
+
+
+def test_model_without_a_norm():
+    model = tiny_language_model()
+    directions = torch.randn(3, 12)
+    effects = logit_effects(model, directions, head="head")
+    torch.testing.assert_close(effects, centred(directions @ model.network.head.weight.T))
+    assert final_scale(model, IDS) == 1
+
+
+def test_top_tokens():
+    class Letters:
+        def decode(self, ids):
+            return "abcd"[ids[0]]
+
+    model = tiny_llama()
+    object.__setattr__(model, "tokenizer", Letters())
+    effects = torch.tensor([[0.0, 3.0, -2.0, 1.0]])
+    assert top_tokens(model, effects, 2) == [[("b", 3.0), ("d", 1.0)]]
+    assert top_tokens(model, effects, 1, largest=False) == [[("c", -2.0)]]
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="must lie in the residual stream, 16 wide"):
+        logit_effects(tiny_llama(), torch.randn(2, 24))
+    with pytest.raises(ValueError, match="pass its name as head="):
+        logit_effects(tiny_language_model(), torch.randn(2, 12))
