@@ -337,7 +337,7 @@ def _kl_tilted_prior(q: TiltedSpikeSlab, p: SpikeSlab) -> Tensor:
     """Cheap where p is the prior that q was tilted from; the general form elsewhere."""
     if not (torch.compiler.is_compiling() or _is_same(q.prior, p)):
         return kl_spike_slab(SpikeSlab(q.logits, q.slab, validate_args=False), p)
-    if not p.logits.requires_grad:
+    if not torch.is_grad_enabled():
         return q.divergence
     # -E_q log p with q held is linear in three moments of q: its gradient is three sums.
     p_active, mean = q.p_active.detach(), q.mean.detach()

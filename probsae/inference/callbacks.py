@@ -39,6 +39,11 @@ class FitState:
     history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
 
+    def log(self, values: dict[str, float]) -> None:
+        """Add a line to the history, under the number of steps done."""
+        for name, value in {"step": self.step, **values}.items():
+            self.history.setdefault(name, []).append(value)
+
 
 class Callback:
     """Base of callbacks; override what you need."""
