@@ -5,6 +5,7 @@ from importlib.metadata import version
 from probsae import baselines, inference, metrics, models
 from probsae.estimator import DictionaryEstimator
 from probsae.evaluate import Report, evaluate
+from probsae.inference.ensemble import fit_ensemble
 from probsae.inference.fit import FitResult, fit
 from probsae.inference.refine import refine
 from probsae.models import (
@@ -50,6 +51,7 @@ __all__ = [
     "baselines",
     "evaluate",
     "fit",
+    "fit_ensemble",
     "inference",
     "load",
     "metrics",

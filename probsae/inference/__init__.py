@@ -2,6 +2,7 @@
 
 from probsae.inference.callbacks import Callback, Checkpoint, FeatureTracker, FitState
 from probsae.inference.elbo import ElboTerms, ExactELBO, Objective, elbo_terms, objective
+from probsae.inference.ensemble import DivergedMemberWarning, fit_ensemble
 from probsae.inference.exact import GibbsDraws, enumerate_supports, gibbs, nuts
 from probsae.inference.fit import FitResult, NoiseFloorWarning, NonFiniteElboError, fit
 from probsae.inference.refine import refine
@@ -13,6 +14,7 @@ from probsae.inference.wandb_logger import WandbLogger
 __all__ = [
     "Callback",
     "Checkpoint",
+    "DivergedMemberWarning",
     "ElboTerms",
     "ExactELBO",
     "FeatureTracker",
@@ -29,6 +31,7 @@ __all__ = [
     "elbo_terms",
     "enumerate_supports",
     "fit",
+    "fit_ensemble",
     "gibbs",
     "nuts",
     "objective",

@@ -29,6 +29,8 @@ class Fits(ABC):
     step: int
     n_steps: int
     device: torch.device
+    has_stopped = False
+    """Whether nothing is left to train, so that the loop may end."""
 
     @abstractmethod
     def start(self) -> None:
@@ -73,6 +75,8 @@ def run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
         is_last = fits.step + 1 == fits.n_steps
         if fits.device.type == "cpu" or (fits.step + 1) % CHECK_EVERY == 0 or is_last:
             fits.check()  # before anything else touches the parameters
+            if fits.has_stopped:
+                return
         fits.settle()
         bar.update()
         if fits.step % log_every == 0 or is_last:

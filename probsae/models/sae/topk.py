@@ -98,7 +98,8 @@ class TopKSAE(DeterministicSAE):
         is_dead = self.tokens_since_fired >= self.dead_after_tokens
         residual = (x - self.decode(z)).detach()
         candidates = torch.relu(pre_activation) * is_dead
-        reconstruction = self.product(_keep_largest(candidates, self.k_auxiliary, self.k_auxiliary), self.directions)
+        kept = _keep_largest(candidates, self.k_auxiliary, self.k_auxiliary)
+        reconstruction = self.product(kept, self.directions)
         # With few dead features the auxiliary codes cannot explain much: their error counts less.
         share = (is_dead.sum() / self.k_auxiliary).clamp(max=1)
         error = (residual - reconstruction).square().sum(-1)
