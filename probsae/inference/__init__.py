@@ -1,6 +1,6 @@
 """Inference: the exact ELBO, the fit loop, and what watches it."""
 
-from probsae.inference.callbacks import Callback, Checkpoint, FeatureTracker, FitState
+from probsae.inference.callbacks import Callback, Checkpoint, FitState
 from probsae.inference.elbo import ElboTerms, ExactELBO, Objective, elbo_terms, objective
 from probsae.inference.ensemble import DivergedMemberWarning, fit_ensemble
 from probsae.inference.exact import GibbsDraws, enumerate_supports, gibbs, nuts
@@ -9,6 +9,7 @@ from probsae.inference.refine import refine
 from probsae.inference.resample import ResampleDeadFeatures
 from probsae.inference.schedule import Schedule
 from probsae.inference.target_l0 import TargetL0
+from probsae.inference.tracking import FeatureTracker
 from probsae.inference.wandb_logger import WandbLogger
 
 __all__ = [

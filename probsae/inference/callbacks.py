@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probsae.inference.elbo import Objective
-from probsae.metrics.recovery import max_cosines
 from probsae.models.base import SparseDictionary
 from probsae.models.files import atomic_write, save_dictionary
 
@@ -56,59 +55,6 @@ class Callback:
 
     def on_end(self, state: FitState) -> None:
         """Run after the last step; not run when the fit fails."""
-
-
-class FeatureTracker(Callback):
-    """Follow how many known features are learned, and how many entries are dead.
-
-    Parameters
-    ----------
-    features : Tensor, shape (feature, d_in)
-        Known directions, for instance `SyntheticActivations.features`.
-    every : int, default 100
-        Steps between two looks.
-    threshold : float, default 0.9
-        Cosine from which a known feature counts as learned.
-    dead_rate : float, default 1e-5
-        Mean p_active over the steps since the last look below which an entry counts as dead.
-
-    Attributes
-    ----------
-    history : dict of lists
-        `step`, `mmcs`, `n_learned`, `n_dead`.
-    """
-
-    def __init__(
-        self,
-        features: Float[Tensor, "feature d_in"],
-        every: int = 100,
-        threshold: float = 0.9,
-        dead_rate: float = 1e-5,
-    ):
-        self.features, self.every = features, every
-        self.threshold, self.dead_rate = threshold, dead_rate
-        self.history: dict[str, list[float | int]] = {
-            name: [] for name in ("step", "mmcs", "n_learned", "n_dead")
-        }
-        self._rate_sum: Tensor | None = None
-
-    def on_step(self, state: FitState) -> None:
-        assert state.objective is not None
-        rate = state.objective.firing_rate
-        self._rate_sum = rate.clone() if self._rate_sum is None else self._rate_sum.add_(rate)
-        if state.step % self.every and state.step != state.n_steps:
-            return
-        cosines = max_cosines(state.model.dictionary(), self.features.to(state.device))
-        n_since = (state.step - 1) % self.every + 1
-        row = {
-            "step": state.step,
-            "mmcs": float(cosines.mean()),
-            "n_learned": int((cosines > self.threshold).sum()),
-            "n_dead": int((self._rate_sum / n_since < self.dead_rate).sum()),
-        }
-        for name, value in row.items():
-            self.history[name].append(value)
-        self._rate_sum = None
 
 
 class Checkpoint(Callback):
