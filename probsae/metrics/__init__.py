@@ -13,6 +13,7 @@ from probsae.metrics.calibration import (
 from probsae.metrics.reconstruction import fvu, mse
 from probsae.metrics.recovery import (
     Match,
+    Nearest,
     SupportScores,
     best_threshold_f1,
     chance_level,
@@ -21,6 +22,7 @@ from probsae.metrics.recovery import (
     mcc,
     mmcs,
     mmcs_precision,
+    nearest_features,
     share_recovered,
     support_scores,
 )
@@ -34,6 +36,7 @@ from probsae.metrics.sparsity import (
 
 __all__ = [
     "Match",
+    "Nearest",
     "Reliability",
     "SupportScores",
     "alive_features",
@@ -56,6 +59,7 @@ __all__ = [
     "mmcs",
     "mmcs_precision",
     "mse",
+    "nearest_features",
     "reliability",
     "share_recovered",
     "support_scores",
