@@ -168,7 +168,10 @@ class NoHostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in self.REFUSED or (name == "index" and any(t is torch.bool for t in types)):
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or name in self.REFUSED:
             raise AssertionError(f"a step waits for the device in {name}")
         return func(*args, **(kwargs or {}))
 
@@ -327,6 +330,7 @@ def test_unusable_models_are_refused(source):
         ps.fit_ensemble(sampled, iter([torch.zeros(4, 8)]), **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_compiled_ensemble_is_the_eager_one():
     # A process of its own: the shape checks of this one are no part of what is compiled.
     script = """
