@@ -1,6 +1,7 @@
 """The tracker's counts by hand, and what it writes."""
 
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -110,6 +111,20 @@ def records_of(path):
             record = b""
 
 
+def wait_for_records(path, seconds=120.0):
+    """Read a finished run's file; wandb's own process writes it, and may be late."""
+    deadline = time.monotonic() + seconds
+    while True:
+        records = []
+        for data in records_of(path):
+            records.append(wandb_internal_pb2.Record())
+            records[-1].ParseFromString(data)
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < deadline, f"no end of the run in {path}"
+        time.sleep(0.1)
+
+
 def test_wandb_offline_run_holds_the_looks(source, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -118,9 +133,7 @@ def test_wandb_offline_run_holds_the_looks(source, tmp_path, monkeypatch):
     ps.fit(small_model(), source, callbacks=[logger, tracker], **OPTIONS)
     (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     logged: dict[str, list[float]] = {}
-    for data in records_of(run):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in wait_for_records(run):
         for item in record.history.item:
             key = item.key or "/".join(item.nested_key)
             logged.setdefault(key, []).append(float(item.value_json))
