@@ -153,12 +153,19 @@ def main(
         result["throughput"].append(row)
         gains = ", ".join(f"{k} {v:.2f}" for k, v in row["throughput over bare loops"].items())
         print(f"batch {batch_size}: {gains}", flush=True)
+        write(result)
     if with_growth:
         result["growth"] = growth(x, n_rounds, n_steps)
         for size, row in result["growth"].items():
             times = ", ".join(f"{k}: {v:.2f}" for k, v in row["time over the smallest"].items())
             print(f"{size}: exponent {row['exponent']:.2f} ({times})", flush=True)
-    path = Path(__file__).parent / "results" / f"ensemble-{name.replace(' ', '-')}.json"
+        write(result)
+
+
+def write(result: dict[str, Any]) -> None:
+    """Keep what was measured so far."""
+    name = f"ensemble-{result['device'].replace(' ', '-')}.json"
+    path = Path(__file__).parent / "results" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
 
