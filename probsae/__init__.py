@@ -6,6 +6,7 @@ from probsae import baselines, inference, metrics, models
 from probsae.estimator import DictionaryEstimator
 from probsae.evaluate import Report, evaluate
 from probsae.inference.dictionary_posterior import DictionaryPosterior
+from probsae.inference.ensemble import fit_ensemble
 from probsae.inference.fit import FitResult, fit
 from probsae.inference.polish import polish
 from probsae.inference.refine import refine
@@ -53,6 +54,7 @@ __all__ = [
     "baselines",
     "evaluate",
     "fit",
+    "fit_ensemble",
     "inference",
     "load",
     "metrics",

@@ -27,6 +27,13 @@ def log_ndtr(a: Tensor) -> Tensor:
     return torch.log(0.5 * torch.special.erfc(a * -(0.5**0.5)))
 
 
+def _log_ndtr_anywhere(a: Tensor) -> Tensor:
+    """`torch.special.log_ndtr`, of operations that `torch.vmap` knows."""
+    low, high = a.clamp(max=-1), a.clamp(min=-1)
+    tail = torch.log(0.5 * torch.special.erfcx(low * -(0.5**0.5))) - 0.5 * low.square()
+    return torch.where(a < -1, tail, torch.log1p(-0.5 * torch.special.erfc(high * 0.5**0.5)))
+
+
 # R(a) = t P(t), t = 1/(1 + .3 a): Chebyshev fit of least relative error, refined by Lawson's
 # weights on [0, 10^4]; P from the constant term up.
 _MILLS_RATE = 0.3
@@ -115,7 +122,7 @@ class TruncatedNormal(TorchDistribution):
 
     def cdf(self, value: Tensor) -> Tensor:
         # P(z > v) = Phi(a - v/s) / Phi(a), in logs: both tails stay exact.
-        log_survival = torch.special.log_ndtr(self.ratio - value / self.scale) - self.log_mass
+        log_survival = _log_ndtr_anywhere(self.ratio - value / self.scale) - self.log_mass
         return torch.where(value > 0, -torch.expm1(log_survival), 0.0)
 
     def icdf(self, value: Tensor) -> Tensor:

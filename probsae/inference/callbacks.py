@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probsae.inference.elbo import Objective
-from probsae.inference.running_dictionary import RunningDictionary
-from probsae.metrics.recovery import max_cosines
 from probsae.models.base import SparseDictionary
 from probsae.models.files import atomic_write, save_dictionary
 
@@ -37,10 +35,13 @@ class FitState:
     """The step's activations."""
     objective: Objective | None = None
     """The step's losses, detached tensors on the device: reading one waits for the device."""
-    running_dictionary: RunningDictionary | None = None
-    """Statistics of the closed form that the dictionary follows, once it does."""
     history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
+
+    def log(self, values: dict[str, float]) -> None:
+        """Add a line to the history, under the number of steps done."""
+        for name, value in {"step": self.step, **values}.items():
+            self.history.setdefault(name, []).append(value)
 
 
 class Callback:
@@ -54,59 +55,6 @@ class Callback:
 
     def on_end(self, state: FitState) -> None:
         """Run after the last step; not run when the fit fails."""
-
-
-class FeatureTracker(Callback):
-    """Follow how many known features are learned, and how many entries are dead.
-
-    Parameters
-    ----------
-    features : Tensor, shape (feature, d_in)
-        Known directions, for instance `SyntheticActivations.features`.
-    every : int, default 100
-        Steps between two looks.
-    threshold : float, default 0.9
-        Cosine from which a known feature counts as learned.
-    dead_rate : float, default 1e-5
-        Mean p_active over the steps since the last look below which an entry counts as dead.
-
-    Attributes
-    ----------
-    history : dict of lists
-        `step`, `mmcs`, `n_learned`, `n_dead`.
-    """
-
-    def __init__(
-        self,
-        features: Float[Tensor, "feature d_in"],
-        every: int = 100,
-        threshold: float = 0.9,
-        dead_rate: float = 1e-5,
-    ):
-        self.features, self.every = features, every
-        self.threshold, self.dead_rate = threshold, dead_rate
-        self.history: dict[str, list[float | int]] = {
-            name: [] for name in ("step", "mmcs", "n_learned", "n_dead")
-        }
-        self._rate_sum: Tensor | None = None
-
-    def on_step(self, state: FitState) -> None:
-        assert state.objective is not None
-        rate = state.objective.firing_rate
-        self._rate_sum = rate.clone() if self._rate_sum is None else self._rate_sum.add_(rate)
-        if state.step % self.every and state.step != state.n_steps:
-            return
-        cosines = max_cosines(state.model.dictionary(), self.features.to(state.device))
-        n_since = (state.step - 1) % self.every + 1
-        row = {
-            "step": state.step,
-            "mmcs": float(cosines.mean()),
-            "n_learned": int((cosines > self.threshold).sum()),
-            "n_dead": int((self._rate_sum / n_since < self.dead_rate).sum()),
-        }
-        for name, value in row.items():
-            self.history[name].append(value)
-        self._rate_sum = None
 
 
 class Checkpoint(Callback):
@@ -140,8 +88,6 @@ def save_checkpoint(path: Path, state: FitState) -> None:
         for name, value in moments.items()
     }
     tensors["rng"] = torch.get_rng_state()
-    if state.running_dictionary is not None:
-        tensors |= {f"running.{k}": v for k, v in state.running_dictionary.tensors().items()}
     progress = {"step": state.step, "n_steps": state.n_steps, "seed": state.seed}
     with atomic_write(path) as folder:
         save_dictionary(state.model, folder)
@@ -173,11 +119,6 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
     tensors = load_file(path / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng"))
     moments: dict[int, dict[str, Tensor]] = {}
-    running = {key: tensors.pop(key) for key in list(tensors) if key.startswith("running.")}
-    if running:
-        state.running_dictionary = RunningDictionary(state.model)
-        for key, value in state.running_dictionary.tensors().items():
-            value.copy_(running[f"running.{key}"])
     for key, value in tensors.items():
         index, name = key.split(".")
         moments.setdefault(int(index), {})[name] = value

@@ -78,11 +78,6 @@ class DictionaryStatistics:
         gradient = self._by_block(self.gradient)
         return (change * (2 * gradient - self.second_moment @ change)).sum()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all that the statistics are, to be saved, or copied into."""
-        names = ("directions", "gradient", "second_moment")
-        return {name: getattr(self, name) for name in names}
-
     @property
     def energy(self) -> Float[Tensor, " d_sae"]:
         """Sum of E z^2 of each feature, the diagonal of S."""
@@ -92,7 +87,7 @@ class DictionaryStatistics:
         """Return the optimal rows, given activations of energy `prior_weight` at D."""
         prior = self._by_block(prior_weight.double(), padding=1.0)
         precision = self.second_moment + torch.diag_embed(prior)
-        cholesky, _ = torch.linalg.cholesky_ex(precision)  # the other form waits for the device
+        cholesky, _ = torch.linalg.cholesky_ex(precision)
         step = torch.cholesky_solve(self._by_block(self.gradient), cholesky)
         return Rows(self.directions + self._flat(step), cholesky)
 

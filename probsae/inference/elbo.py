@@ -59,10 +59,6 @@ class Objective(NamedTuple):
     """Fraction of the batch's variance unexplained by the posterior mean; lower is better."""
     firing_rate: Float[Tensor, " d_sae"]
     """Mean p_active of each feature over the batch."""
-    code_spread: Float[Tensor, " d_sae"]
-    """Mean Var z of each feature over the batch, units of the activations squared."""
-    code_mean: Float[Tensor, "token d_sae"]
-    """E z of each token, units of the activations."""
 
     @property
     def l0(self) -> Tensor:
@@ -121,26 +117,16 @@ def objective(
         auxiliary = auxiliary - log_prior / (model.n_tokens or len(x))
     log_likelihood, kl = terms.log_likelihood.mean(), terms.kl.mean()
     loss = kl_weight * kl - log_likelihood + auxiliary
+    total_variance = (x - x.mean(0)).square().sum()
     return Objective(
         loss=loss,
         elbo=(log_likelihood - kl).detach(),
         log_likelihood=log_likelihood.detach(),
         kl=kl.detach(),
         auxiliary=auxiliary.detach(),
-        **codes_shown(x, posterior, terms.squared_error),
+        fvu=terms.squared_error.detach().sum() / total_variance,
+        firing_rate=posterior.p_active.detach().mean(0),
     )
-
-
-def codes_shown(
-    x: Float[Tensor, "token d_in"], posterior: CodePosterior, squared_error: Float[Tensor, " token"]
-) -> dict[str, Tensor]:
-    """Return what an `Objective` shows of the codes, detached."""
-    return {
-        "fvu": squared_error.detach().sum() / (x - x.mean(0)).square().sum(),
-        "firing_rate": posterior.p_active.detach().mean(0),
-        "code_spread": posterior.variance.detach().mean(0),
-        "code_mean": posterior.mean.detach(),
-    }
 
 
 class ExactELBO(TraceMeanField_ELBO):

@@ -1,32 +1,29 @@
-"""The only training loop: stochastic variational inference of any dictionary."""
+"""Stochastic variational inference of any dictionary, one model at a time."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probsae.activations.source import ActivationData, batches, check_activations, size_of
+from probsae.activations.source import ActivationData, size_of
 from probsae.inference.callbacks import Callback, FitState, load_checkpoint
-from probsae.inference.running_dictionary import RunningDictionary
+from probsae.inference.guard import FiniteGuard, NonFiniteElboError
+from probsae.inference.loop import Fits, progress_bar, run
 from probsae.inference.schedule import Schedule
+from probsae.inference.start import adam, check_counts, check_rate, choose_device, open_data
 from probsae.inference.step import LossFunction, Precision, Step, products_in, training_step
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import typical_code_size
 
-# Tokens that set location and scales before the first step: the deviation of a mean over them
-# is 1.5% of the data's, well inside what the first hundred steps move.
-_N_INITIAL_TOKENS = 4096
-# Steps between two looks at the device: rarer than this and a failed run wastes minutes.
-_CHECK_EVERY = 50
+__all__ = ["FitResult", "NoiseFloorWarning", "NonFiniteElboError", "fit"]
 
 
 @dataclass(frozen=True)
@@ -42,16 +39,15 @@ class FitResult:
         token), `kl_weight`, at up to 200 points of the fit; a value is one batch's.
     n_steps, n_tokens : int
         Steps done and tokens seen.
+    failure : str, optional
+        Why a member of an ensemble stopped at `n_steps`; a fit of its own raises instead.
     """
 
     model: SparseDictionary
     history: dict[str, list[float | int]]
     n_steps: int
     n_tokens: int
-
-
-class NonFiniteElboError(FloatingPointError):
-    """A fit met NaN or infinity; the model keeps its parameters of the last good step."""
+    failure: str | None = None
 
 
 class NoiseFloorWarning(UserWarning):
@@ -141,21 +137,19 @@ def fit(
     >>> result.n_tokens
     1280
     """
-    for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_counts(n_steps, batch_size)
     if elbo is not None and objective is not None:
         raise ValueError("pass either elbo or objective, not both: each is the whole loss")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     schedule = schedule or Schedule(**model.schedule_defaults)
-    learning_rate = model.default_learning_rate if learning_rate is None else learning_rate
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-    first, stream = _open(data, batch_size, n_steps, seed, device, model.d_in)
+    learning_rate = check_rate(
+        model.default_learning_rate if learning_rate is None else learning_rate
+    )
+    first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in)
     model.to(device)
     model.initialize_(first)
     model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size
-    optimizer = _adam(model, unit=typical_code_size(first - model.b_dec.detach()))
+    optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
     step = training_step(model, elbo, compile, batch_size, n_steps, objective)
     cuda = [device] if device.type == "cuda" else []
@@ -165,83 +159,85 @@ def fit(
             load_checkpoint(resume, state)
             stream = itertools.islice(stream, state.step, None)
         model.train()
+        single = _SingleFit(state, step, schedule, learning_rate, list(callbacks))
         try:
-            _run(state, stream, step, schedule, learning_rate, list(callbacks), progress)
+            with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
+                run(single, stream, bar)
         finally:
             model.noise_factor.fill_(1.0)
             model.eval()
-    _warn_of_binding_floor(model)
+    warn_of_binding_floor(model)
     return FitResult(model, state.history, state.step, state.step * batch_size)
 
 
-def _run(
-    state: FitState,
-    stream: Iterator[Tensor],
-    step: Step,
-    schedule: Schedule,
-    learning_rate: float,
-    callbacks: list[Callback],
-    progress: bool | None,
-) -> None:
-    """Take the steps from `state.step` to `state.n_steps`."""
-    guard = _FiniteGuard(state)
-    kl_weight = torch.ones((), device=state.device)
-    log_every = max(1, state.n_steps // 200)
-    for callback in callbacks:
-        callback.on_start(state)
-    bar = tqdm(
-        total=state.n_steps,
-        initial=state.step,
-        desc=type(state.model).__name__,
-        unit="step",
-        delay=2,
-        disable=None if progress is None else not progress,
-    )
-    with bar:
-        for x in itertools.islice(stream, state.n_steps - state.step):
-            kl_weight.fill_(schedule.kl_weight(state.step, state.n_steps))
-            state.is_warm = schedule.is_warm(state.step, state.n_steps)
-            _set_rates(state, schedule, learning_rate)
-            if state.model.learn_noise:
-                state.model.noise_factor.fill_(schedule.noise_factor(state.step, state.n_steps))
-            state.batch = x
-            state.objective = step(state.model, x, kl_weight)
-            guard.watch()
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            is_last = state.step + 1 == state.n_steps
-            if state.device.type == "cpu" or (state.step + 1) % _CHECK_EVERY == 0 or is_last:
-                guard.check()  # before anything else touches the parameters
-            state.model.normalize_()
-            if schedule.follows_closed_form(state.step, state.n_steps):
-                _update_dictionary(state, schedule, guard.flag == 0)
-            state.step += 1
-            bar.update()
-            if state.step % log_every == 0 or is_last:
-                _log(state, kl_weight, bar)
-            for callback in callbacks:
-                callback.on_step(state)
-    if state.step < state.n_steps:
-        warnings.warn(
-            f"the data ended after {state.step} of {state.n_steps} steps, and so did the fit; "
-            "pass a tensor or a store to have several passes",
-            stacklevel=3,
-        )
-    for callback in callbacks:
-        callback.on_end(state)
+class _SingleFit(Fits):
+    """One model's fit, step by step."""
+
+    def __init__(
+        self,
+        state: FitState,
+        step: Step,
+        schedule: Schedule,
+        learning_rate: float,
+        callbacks: list[Callback],
+    ):
+        self.state, self.take_gradient, self.schedule = state, step, schedule
+        self.learning_rate, self.callbacks = learning_rate, callbacks
+        self.n_steps, self.device = state.n_steps, state.device
+        self.kl_weight = torch.ones((), device=state.device)
+        self.guard = FiniteGuard(state)
+
+    @property
+    def step(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.state.step
+
+    def start(self) -> None:
+        for callback in self.callbacks:
+            callback.on_start(self.state)
+
+    def prepare(self) -> None:
+        state, schedule = self.state, self.schedule
+        self.kl_weight.fill_(schedule.kl_weight(state.step, state.n_steps))
+        state.is_warm = schedule.is_warm(state.step, state.n_steps)
+        _set_rates(state, schedule, self.learning_rate)
+        if state.model.learn_noise:
+            state.model.noise_factor.fill_(schedule.noise_factor(state.step, state.n_steps))
+
+    def advance(self, x: Tensor) -> None:
+        self.state.batch = x
+        self.state.objective = self.take_gradient(self.state.model, x, self.kl_weight)
+        self.guard.watch()
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad()
+
+    def check(self) -> None:
+        self.guard.check()
+
+    def settle(self) -> None:
+        self.state.model.normalize_()
+        self.state.step += 1
+
+    def show(self, bar: tqdm) -> None:
+        objective = self.state.objective
+        assert objective is not None
+        row = {name: float(getattr(objective, name)) for name in SHOWN}
+        self.state.log(row | {"kl_weight": float(self.kl_weight)})
+        bar.set_postfix(elbo=f"{row['elbo']:.1f}", fvu=f"{row['fvu']:.3f}", l0=f"{row['l0']:.1f}")
+
+    def call_back(self) -> None:
+        for callback in self.callbacks:
+            callback.on_step(self.state)
+
+    def end(self) -> None:
+        for callback in self.callbacks:
+            callback.on_end(self.state)
 
 
-def _update_dictionary(state: FitState, schedule: Schedule, is_good: Tensor) -> None:
-    """Let the dictionary follow its closed form, where that is cheap enough."""
-    if state.running_dictionary is None:
-        state.running_dictionary = RunningDictionary(state.model)
-    assert state.batch is not None
-    assert state.objective is not None
-    rate = schedule.rate(state.step, state.n_steps)
-    state.running_dictionary.update(state.step, state.batch, state.objective, rate, is_good)
+SHOWN = ("loss", "elbo", "fvu", "l0")
+"""What a history holds of an `Objective`."""
 
 
-def _warn_of_binding_floor(model: SparseDictionary) -> None:
+def warn_of_binding_floor(model: SparseDictionary) -> None:
     """Say so where the noise scale ended on its floor: the posterior is then as wide as that."""
     floor = float(model.noise_floor)
     if model.learn_noise and float(model.noise_scale.detach()) <= 1.001 * floor:
@@ -254,118 +250,8 @@ def _warn_of_binding_floor(model: SparseDictionary) -> None:
         )
 
 
-class _FiniteGuard:
-    """Keeps the first bad step, and all after it, from changing parameters; no host wait.
-
-    Fused Adam skips its update where `found_inf` is 1, on the device. The flag is sticky, so when
-    the host looks, the parameters are still those before the first bad step.
-    """
-
-    def __init__(self, state: FitState):
-        self.state = state
-        self.flag = torch.zeros((), device=state.device)
-        self.first_bad_step = torch.zeros((), device=state.device)
-        self.good_buffers = self._buffers()
-        optimizer: Any = state.optimizer
-        optimizer.found_inf = self.flag  # read by fused Adam
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.state.model.named_buffers()}
-
-    def watch(self) -> None:
-        """Raise the flag if this step's loss or a gradient is not finite."""
-        objective = self.state.objective
-        assert objective is not None
-        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        is_bad = ~(torch.isfinite(norm) & torch.isfinite(objective.loss))
-        self.first_bad_step += (self.flag == 0) * is_bad * (self.state.step + 1)
-        torch.maximum(self.flag, is_bad.to(self.flag.dtype), out=self.flag)
-
-    def check(self) -> None:
-        """Look at the flag; stop the fit if it is up."""
-        if not bool(self.flag):
-            if self.state.step % _CHECK_EVERY == 0:
-                self.good_buffers = self._buffers()
-            return
-        step = int(self.first_bad_step)
-        cause = _cause(self.state, step)
-        for name, value in self.state.model.named_buffers():
-            if not bool(torch.isfinite(value).all()):
-                value.copy_(self.good_buffers[name])
-        self.state.step = step - 1
-        raise NonFiniteElboError(
-            f"step {step}: {cause}. The model keeps its parameters of step {step - 1}. Look for "
-            "extreme values in the data, or try a lower learning_rate or a longer warm-up."
-        )
-
-
-def _cause(state: FitState, step: int) -> str:
-    """Name what is not finite, from the batch at hand and the kept parameters."""
-    assert state.batch is not None
-    assert state.objective is not None
-    if not bool(torch.isfinite(state.batch).all()):
-        return "the activations hold NaN or infinity"
-    for name in ("log_likelihood", "kl", "auxiliary"):
-        value = getattr(state.objective, name)
-        if not bool(torch.isfinite(value).all()):
-            return f"the ELBO is not finite, and the cause is its term {name} = {float(value)}"
-    return "the ELBO is finite, but a gradient is not"
-
-
-def _open(
-    data: ActivationData, batch_size: int, n_steps: int, seed: int, device: torch.device, d_in: int
-) -> tuple[Tensor, Iterator[Tensor]]:
-    """Return the first tokens, and a stream of batches that still begins with them."""
-    stream = batches(data, batch_size, seed=seed, device=device)
-    n_first = min(n_steps, -(-_N_INITIAL_TOKENS // batch_size))
-    head = list(itertools.islice(stream, n_first))
-    if not head:
-        raise ValueError("data must hold at least one batch, got an empty iterator")
-    return check_activations(torch.cat(head), d_in), itertools.chain(head, stream)
-
-
-def _adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:
-    """Group parameters by unit and by whether they wait for the KL warm-up.
-
-    `unit` is a code's likely size, that of dimensional parameters' learning rates.
-    """
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
-    factors = model.learning_rate_factors
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            factor = factors.get(name, 1.0) * (unit if name in model.dimensional else 1.0)
-            key = (factor, name in model.frozen_in_warmup)
-            groups.setdefault(key, []).append(parameter)
-    return torch.optim.Adam(
-        [
-            {"params": parameters, "factor": factor, "waits": waits}
-            for (factor, waits), parameters in groups.items()
-        ],
-        lr=1.0,
-        betas=model.adam_betas,
-        fused=True,
-    )
-
-
 def _set_rates(state: FitState, schedule: Schedule, learning_rate: float) -> None:
     rate = learning_rate * schedule.rate(state.step, state.n_steps)
     is_warm = schedule.is_warm(state.step, state.n_steps)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["factor"] if is_warm or not group["waits"] else 0.0
-
-
-def _log(state: FitState, kl_weight: Tensor, bar: tqdm) -> None:
-    objective = state.objective
-    assert objective is not None
-    row = {
-        "step": state.step,
-        "loss": float(objective.loss),
-        "elbo": float(objective.elbo),
-        "fvu": float(objective.fvu),
-        "l0": float(objective.l0),
-        "kl_weight": float(kl_weight),
-    }
-    for name, value in row.items():
-        state.history.setdefault(name, []).append(value)
-    bar.set_postfix(elbo=f"{row['elbo']:.1f}", fvu=f"{row['fvu']:.3f}", l0=f"{row['l0']:.1f}")

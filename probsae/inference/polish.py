@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, batches, check_activations, size_of
 from probsae.inference.dictionary_posterior import DictionaryPosterior
-from probsae.inference.variational_em import Expectation, Guard, Sums, maximize
+from probsae.inference.variational_em import Expectation, HeldOutGuard, Sums, maximize
 from probsae.models.base import SparseDictionary
 
 # Tokens of a pass over data without a size.
@@ -125,7 +125,7 @@ def polish(
     for _ in range(n_passes):
         stream = batches(data, batch_size, seed=seed, device=model.b_dec.device)
         held_out = _first(stream, model.d_in)
-        guard = guard or Guard(expectation, held_out)
+        guard = guard or HeldOutGuard(expectation, held_out)
         sums.clear()
         for x in _with_bar(stream, max(1, n_tokens // batch_size), progress):
             sums.fade(1 - forgetting_rate)

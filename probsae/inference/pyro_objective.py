@@ -9,7 +9,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from probsae.inference.elbo import Objective, codes_shown
+from probsae.inference.elbo import Objective
 from probsae.models.base import SparseDictionary, as_event
 
 
@@ -26,10 +26,17 @@ def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
 
 
 @torch.no_grad()
-def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tensor) -> Objective:
+def _summary(model: SparseDictionary, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return KL in nats per token, fvu of the posterior mean and firing rates."""
     posterior = model.posterior(x)
     kl = kl_divergence(as_event(posterior.distribution), model.prior()).mean()
-    squared_error = (x - model.decode(posterior.mean)).square().sum(-1)
+    squared_error = (x - model.decode(posterior.mean)).square().sum()
+    fvu = squared_error / (x - x.mean(0)).square().sum()
+    return kl, fvu, posterior.p_active.mean(0)
+
+
+def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tensor) -> Objective:
+    kl, fvu, firing_rate = _summary(model, x)
     log_likelihood = kl_weight * kl - loss.detach()
     return Objective(
         loss=loss,
@@ -37,5 +44,6 @@ def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tenso
         log_likelihood=log_likelihood,
         kl=kl,
         auxiliary=torch.zeros_like(kl),
-        **codes_shown(x, posterior, squared_error),
+        fvu=fvu,
+        firing_rate=firing_rate,
     )

@@ -37,8 +37,6 @@ class Schedule:
         is left alone. A noise scale that is not learned is never touched.
     noise_hold, noise_release : float, default 0.6 and 0.75
         Shares of the fit at which the factor begins to fall, and at which it has reached 1.
-    closed_form : float, default 1
-        Share of the fit from which the dictionary also follows its closed form; 1 means never.
     """
 
     kl_start: float = 0.2
@@ -49,11 +47,9 @@ class Schedule:
     noise_peak: float = 4.0
     noise_hold: float = 0.6
     noise_release: float = 0.75
-    closed_form: float = 1.0
 
     def __post_init__(self) -> None:
-        shares = ("kl_start", "kl_warmup", "warmup", "decay", "noise_hold", "noise_release")
-        for name in (*shares, "closed_form"):
+        for name in ("kl_start", "kl_warmup", "warmup", "decay", "noise_hold", "noise_release"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if min(self.noise_start, self.noise_peak) < 1 or self.noise_hold > self.noise_release:
@@ -66,10 +62,6 @@ class Schedule:
     def is_warm(self, step: int, n_steps: int) -> bool:
         """Whether the KL weight has reached 1."""
         return step >= self.kl_warmup * n_steps
-
-    def follows_closed_form(self, step: int, n_steps: int) -> bool:
-        """Whether the dictionary follows its closed form in step `step`."""
-        return step >= self.closed_form * n_steps
 
     def kl_weight(self, step: int, n_steps: int) -> float:
         """Weight of the KL term in step `step` (0 is the first)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -47,12 +48,25 @@ def training_step(
     if elbo is not None:
         return lambda *inputs: _differentiate(pyro_objective(elbo), *inputs)
     if compile is None:
-        is_long = n_steps * batch_size * model.d_in * model.d_sae > _COMPILE_FROM
-        on_gpu = model.b_dec.is_cuda and n_steps * batch_size > 500_000
-        compile = on_gpu or (is_long and bool(shutil.which("g++") or shutil.which("clang++")))
+        compile = pays_to_compile([model], batch_size, n_steps)
     function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
     n_tokens = piece_tokens(model, batch_size)
     return lambda *inputs: _differentiate(function, *inputs, n_tokens=n_tokens)
+
+
+def pays_to_compile(models: Sequence[SparseDictionary], batch_size: int, n_steps: int) -> bool:
+    """Whether fits of these models, at the same time, are long enough to compile their step."""
+    on_gpu = models[0].b_dec.is_cuda and n_steps * batch_size > 500_000
+    products = n_steps * batch_size * sum(model.d_in * model.d_sae for model in models)
+    has_compiler = bool(shutil.which("g++") or shutil.which("clang++"))
+    return on_gpu or (products > _COMPILE_FROM and has_compiler)
+
+
+def members_at_a_time(model: SparseDictionary, n_tokens: int) -> int:
+    """Models of an ensemble that take their step at a time: a cache full, or all on a GPU."""
+    if model.b_dec.is_cuda:
+        return sys.maxsize
+    return max(1, _PIECE // (n_tokens * model.d_sae))
 
 
 def piece_tokens(model: SparseDictionary, batch_size: int) -> int:
@@ -75,15 +89,15 @@ def _differentiate(
 ) -> Objective:
     """Add the gradient of the loss, taken over pieces of `n_tokens`, to the model's."""
     pieces = (x,) if n_tokens is None else x.split(n_tokens)
-    means, codes = [], []
+    total: list[Tensor] | None = None
     for piece in pieces:
-        *terms, code_mean = function(model, piece, kl_weight)
+        terms = function(model, piece, kl_weight)
         weight = len(piece) / len(x)
-        (terms[0] * weight).backward()
-        means.append([term.detach() * weight for term in terms])
-        codes.append(code_mean)
-    totals = [torch.stack(values).sum(0) for values in zip(*means, strict=True)]
-    return Objective(*totals, code_mean=torch.cat(codes) if len(codes) > 1 else codes[0])
+        (terms.loss * weight).backward()
+        shown = [value.detach() * weight for value in terms]
+        total = shown if total is None else [a + b for a, b in zip(total, shown, strict=True)]
+    assert total is not None
+    return Objective(*total)
 
 
 class products_in:

@@ -12,7 +12,6 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.dictionary_statistics import DictionaryStatistics, Rows
 from probsae.inference.elbo import elbo_terms, require_linear_decoder
 from probsae.inference.refine import code_law, refine
-from probsae.inference.running_dictionary import active_energy
 from probsae.models.base import CodePosterior, SparseDictionary
 from probsae.models.code_priors import SpikeSlabPrior
 
@@ -104,6 +103,13 @@ def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
     return DictionaryPosterior(rows.scaled(norms), rate, noise_precision, log_odds, [])
 
 
+def active_energy(model: SparseDictionary) -> Float[Tensor, " d_sae"]:
+    """Return E z^2 of each feature's active code under the prior."""
+    law = code_law(model)
+    slab = getattr(law, "slab", law)
+    return slab.variance + slab.mean.square()
+
+
 def _noise_posterior(model: SparseDictionary, sums: Sums, rows: Rows, anchor: Tensor) -> Gamma:
     """Return q(1 / noise variance), under a flat prior of its logarithm."""
     noise_variance = model.noise_scale.square().double()
@@ -150,7 +156,7 @@ def _set_slabs(model: SparseDictionary, sums: Sums) -> None:
     prior.set_moments_(mean, energy)
 
 
-class Guard:
+class HeldOutGuard:
     """Keeps the ELBO of held-out tokens from falling, under the encoder and refined."""
 
     def __init__(self, expectation: Expectation, x: Float[Tensor, "token d_in"]):

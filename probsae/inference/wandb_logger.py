@@ -71,7 +71,16 @@ class WandbLogger(Callback):
         values = {name: float(getattr(objective, name)) for name in ("elbo", "kl", "fvu", "l0")}
         values["loss"] = float(objective.loss)
         values["noise_scale"] = float(state.model.noise_scale.detach())
-        self.run.log(values, step=state.step)
+        self.log(values, state.step)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log values of one's own, between the start of a fit and its end."""
+        if self.run is None:
+            raise ValueError(
+                "nothing can be logged before the fit has started this logger: put it before "
+                "the callbacks that log to it"
+            )
+        self.run.log(values, step=step)
 
     def on_end(self, state: FitState) -> None:
         self.run.finish()

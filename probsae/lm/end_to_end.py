@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probsae.activations.hooks import find_hook, recorded
-from probsae.inference.elbo import ElboTerms, Objective, codes_shown, elbo_terms
+from probsae.inference.elbo import ElboTerms, Objective, elbo_terms
 from probsae.lm.contexts import ContextActivations, logits_with, tokens_of
 from probsae.models.base import CodePosterior, SparseDictionary
 
@@ -104,13 +104,15 @@ class EndToEnd:
             errors = errors - log_prior / (model.n_tokens or len(x))
         if self.local_weight == 0 and model.learn_noise:
             errors = errors + _noise_gradient(model, terms, posterior)
+        total_variance = (x - x.mean(0)).square().sum()
         return Objective(
             loss=kl_weight * kl - self.local_weight * log_likelihood + errors,
             elbo=(log_likelihood - kl).detach(),
             log_likelihood=log_likelihood.detach(),
             kl=kl.detach(),
             auxiliary=errors.detach(),
-            **codes_shown(x, posterior, terms.squared_error),
+            fvu=terms.squared_error.detach().sum() / total_variance,
+            firing_rate=posterior.p_active.detach().mean(0),
         )
 
     def _errors(

@@ -34,6 +34,7 @@ from probsae.metrics.ranking import DoubtScore, auroc, score_doubt
 from probsae.metrics.reconstruction import fvu, mse
 from probsae.metrics.recovery import (
     Match,
+    Nearest,
     SupportScores,
     best_threshold_f1,
     chance_level,
@@ -42,6 +43,7 @@ from probsae.metrics.recovery import (
     mcc,
     mmcs,
     mmcs_precision,
+    nearest_features,
     share_recovered,
     support_scores,
 )
@@ -78,6 +80,7 @@ __all__ = [
     "MagnitudeStrata",
     "Match",
     "MmcsTable",
+    "Nearest",
     "Reappearance",
     "Reliability",
     "ResidualCheck",
@@ -119,6 +122,7 @@ __all__ = [
     "mmcs_precision",
     "mmcs_table",
     "mse",
+    "nearest_features",
     "pit_uniformity",
     "probing",
     "rank_uniformity",

@@ -36,8 +36,26 @@ def max_cosines(learned: ArrayLike, true: ArrayLike) -> Float[Tensor, " feature"
     ValueError
         If the widths differ, or one of them has no rows.
     """
+    return nearest_features(learned, true).cosine
+
+
+class Nearest(NamedTuple):
+    """The learned feature nearest to each true one."""
+
+    cosine: Float[Tensor, " feature"]
+    """Cosine of the two."""
+    learned: Int[Tensor, " feature"]
+    """Row in the learned dictionary; two true features may share one."""
+
+
+def nearest_features(learned: ArrayLike, true: ArrayLike) -> Nearest:
+    """Return, for each true feature, its largest cosine with a learned one, and which that is.
+
+    Parameters, errors: as for `max_cosines`.
+    """
     learned, true = _unit_rows(learned, true)
-    return torch.cat([(rows @ learned.T).amax(dim=1) for rows in true.split(_CHUNK)])
+    parts = [(rows @ learned.T).max(dim=1) for rows in true.split(_CHUNK)]
+    return Nearest(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
 
 
 def mmcs(learned: ArrayLike, true: ArrayLike) -> float:

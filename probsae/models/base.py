@@ -164,6 +164,11 @@ class SparseDictionary(nn.Module, ABC):
     """Whether a token's loss depends on its batch, or training counts its calls: such a model is
     given whole batches."""
 
+    varying: ClassVar[tuple[str, ...]] = ()
+    """Numbers among the attributes that the loss takes as tensors too: members of one stacked
+    ensemble may differ in them. One that sets a size, `k`, comes with a `k_max` that then is the
+    members' largest."""
+
     adam_betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of Adam's moments in `fit`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ class DeterministicSAE(SparseDictionary):
     default_learning_rate = 3e-3
     adam_betas = (0.9, 0.999)
     dimensional = ("b_dec", "b_enc")
+    varying: ClassVar[tuple[str, ...]] = ("reference_logit",)
 
     code_size: Tensor
 

@@ -69,20 +69,22 @@ class BatchTopKSAE(TopKSAE):
         positive = torch.relu(pre_activation)
         if not self.training:
             # Before any training step there is no threshold yet: this batch's own serves.
-            own = _kth_largest(positive, self.k * len(positive))
+            own = self._kth_largest(positive)
             threshold = torch.where(self.threshold < 0, own, self.threshold)
             return positive * (positive >= threshold)
-        smallest = _kth_largest(positive.detach(), self.k * len(positive))
+        smallest = self._kth_largest(positive.detach())
         self._remember(smallest)
         return positive * (positive >= smallest)
+
+    def _kth_largest(self, values: Float[Tensor, "token d_sae"]) -> Float[Tensor, ""]:
+        """Return the smallest of the k x token largest values."""
+        flat = values.flatten()
+        if isinstance(self.k, int):  # selection, twice as fast as sorting the largest
+            return flat.kthvalue(flat.numel() - self.k * len(values) + 1).values
+        largest = flat.topk(self.k_max * len(values)).values
+        return largest.gather(0, (self.k * len(values) - 1).reshape(1))[0]
 
     @torch.no_grad()
     def _remember(self, smallest: Tensor) -> None:
         running = torch.lerp(self.threshold, smallest, _THRESHOLD_MEMORY)
         self.threshold.copy_(torch.where(self.threshold < 0, smallest, running))
-
-
-def _kth_largest(values: Tensor, k: int) -> Tensor:
-    """Return the k-th largest of all values; selection, twice as fast as sorting the k largest."""
-    flat = values.flatten()
-    return flat.kthvalue(len(flat) - k + 1).values

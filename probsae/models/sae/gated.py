@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,7 @@ class GatedSAE(DeterministicSAE):
     """
 
     dimensional = ("b_dec", "b_enc", "b_mag")
+    varying: ClassVar[tuple[str, ...]] = (*DeterministicSAE.varying, "l1_coefficient")
 
     def __init__(self, d_in: int, d_sae: int, *, l1_coefficient: float = 0.1):
         if not l1_coefficient > 0:

@@ -61,20 +61,20 @@ class JumpReLUSAE(DeterministicSAE):
                 raise ValueError(f"{name} must be positive, got {value}")
         super().__init__(d_in, d_sae)
         self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(0.1)))
-        self.given = {"l0_coefficient": l0_coefficient, "bandwidth": bandwidth}
+        self._given = {"l0_coefficient": l0_coefficient, "bandwidth": bandwidth}
         self.register_buffer("l0_coefficient", torch.tensor(float(l0_coefficient or 0.2)))
         self.register_buffer("bandwidth", torch.tensor(float(bandwidth or 0.2)))
 
     def hyperparameters(self) -> dict[str, Any]:
-        return {**super().hyperparameters(), **self.given}
+        return {**super().hyperparameters(), **self._given}
 
     def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
         super().initialize_codes_(x_centered)
         size = float(self.code_size)
         self.log_threshold.fill_(math.log(0.2 * size))
-        if self.given["l0_coefficient"] is None:
+        if self._given["l0_coefficient"] is None:
             self.l0_coefficient.fill_(0.2 * size**2)
-        if self.given["bandwidth"] is None:
+        if self._given["bandwidth"] is None:
             self.bandwidth.fill_(0.2 * size)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,8 @@ class ReLUSAE(DeterministicSAE):
     True
     """
 
+    varying: ClassVar[tuple[str, ...]] = (*DeterministicSAE.varying, "l1_coefficient")
+
     def __init__(self, d_in: int, d_sae: int, *, l1_coefficient: float = 0.1):
         if not l1_coefficient > 0:
             raise ValueError(f"l1_coefficient must be positive, got {l1_coefficient}")
@@ -54,5 +56,5 @@ class ReLUSAE(DeterministicSAE):
         return self.l1_coefficient * posterior.mean.sum(-1)
 
     def prior(self) -> Distribution:
-        rate = torch.full_like(self.b_enc, self.l1_coefficient)
+        rate = self.l1_coefficient * torch.ones_like(self.b_enc)
         return as_event(Exponential(rate, validate_args=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,11 @@ class TopKSAE(DeterministicSAE):
     """
 
     couples_tokens = True
+    varying: ClassVar[tuple[str, ...]] = (
+        *DeterministicSAE.varying,
+        "k",
+        "dead_after_tokens",
+    )
 
     tokens_since_fired: Tensor
 
@@ -63,7 +68,7 @@ class TopKSAE(DeterministicSAE):
                 "auxiliary_coefficient must be at least 0 and dead_after_tokens at least 1, "
                 f"got {auxiliary_coefficient} and {dead_after_tokens}"
             )
-        self.k = check_k(k, self.d_sae)
+        self.k = self.k_max = check_k(k, self.d_sae)
         self.auxiliary_coefficient = float(auxiliary_coefficient)
         self.k_auxiliary = min(k_auxiliary or max(1, d_in // 2), max(1, d_sae // 2))
         self.dead_after_tokens = dead_after_tokens
@@ -79,7 +84,7 @@ class TopKSAE(DeterministicSAE):
         }
 
     def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
-        return _keep_largest(torch.relu(pre_activation), self.k)
+        return _keep_largest(torch.relu(pre_activation), self.k, self.k_max)
 
     def auxiliary_loss(
         self, x: Float[Tensor, "token d_in"], posterior: CodePosterior, kl_weight: float | Tensor
@@ -93,7 +98,8 @@ class TopKSAE(DeterministicSAE):
         is_dead = self.tokens_since_fired >= self.dead_after_tokens
         residual = (x - self.decode(z)).detach()
         candidates = torch.relu(pre_activation) * is_dead
-        reconstruction = self.product(_keep_largest(candidates, self.k_auxiliary), self.directions)
+        kept = _keep_largest(candidates, self.k_auxiliary, self.k_auxiliary)
+        reconstruction = self.product(kept, self.directions)
         # With few dead features the auxiliary codes cannot explain much: their error counts less.
         share = (is_dead.sum() / self.k_auxiliary).clamp(max=1)
         error = (residual - reconstruction).square().sum(-1)
@@ -105,7 +111,14 @@ class TopKSAE(DeterministicSAE):
         self.tokens_since_fired.copy_(torch.where((z > 0).any(0), 0.0, since))
 
 
-def _keep_largest(values: Tensor, k: int) -> Tensor:
-    """Set all but the `k` largest of each row to zero; ties are broken, never kept."""
-    largest, index = values.topk(k, dim=-1, sorted=False)
+def _keep_largest(values: Tensor, k: int | Tensor, k_max: int) -> Tensor:
+    """Set all but the `k` largest of each row to zero; ties are broken, never kept.
+
+    A `k` that is a tensor, at most `k_max`, cuts off by rank.
+    """
+    if isinstance(k, int):
+        largest, index = values.topk(k, dim=-1, sorted=False)
+    else:
+        largest, index = values.topk(k_max, dim=-1)
+        largest = largest * (torch.arange(k_max, device=values.device) < k)
     return torch.zeros_like(values).scatter(-1, index, largest)

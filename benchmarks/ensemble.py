@@ -1,0 +1,174 @@
+"""Throughput of `fit_ensemble` beside separate loops, and how its time grows.
+
+    python -m benchmarks.ensemble            # prints, and writes results/ensemble-<device>.json
+
+The bar: an ensemble of 8 ReLU SAEs takes 1.5 times as many member steps a second as 8 bare eager
+loops run one after the other. All methods run in turns in one process with the same threads; a
+figure is the median over rounds of the median step. The ceiling is the five matrix products that
+a member's step cannot do without, measured on the spot in the same turns: no program that does
+them in the same precision goes beyond it. A bare loop does a sixth, for the decoder bias.
+
+Growth is that of a compiled step, with everything else held: the exponent is the slope of log time
+over log size.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import probsae as ps
+from benchmarks.fit_overhead import BareLoop, Stopwatch, product_seconds
+
+BAR = 1.5
+Run = Callable[[], float]
+"""Takes some steps; returns the seconds of one."""
+
+
+def ensemble(
+    x: Tensor, d_sae: int, batch_size: int, n_members: int, n_steps: int, compile: bool
+) -> Run:
+    """Return a run of an ensemble of ReLU SAEs that differ in their L1 coefficient."""
+
+    def run() -> float:
+        coefficients = np.geomspace(0.02, 0.5, n_members)
+        models = [ps.ReLUSAE(x.shape[1], d_sae, l1_coefficient=float(c)) for c in coefficients]
+        stopwatch = Stopwatch()
+        callbacks = [[stopwatch]] + [[] for _ in models[1:]]
+        ps.fit_ensemble(
+            models, x, n_steps=n_steps, batch_size=batch_size, compile=compile,
+            callbacks=callbacks, progress=False, device=x.device,
+        )  # fmt: skip
+        return stopwatch.median(n_warm=2)
+
+    return run
+
+
+def bare(x: Tensor, d_sae: int, batch_size: int, n_members: int, n_steps: int) -> Run:
+    """Return a run of as many bare eager loops, one after the other."""
+
+    def run() -> float:
+        total = 0.0
+        for _ in range(n_members):
+            stopwatch = Stopwatch()
+            loop = BareLoop(x.shape[1], d_sae).to(x.device)
+            loop.run(x, batch_size, n_steps, stopwatch)
+            total += stopwatch.median(n_warm=2)
+        return total
+
+    return run
+
+
+def in_turns(runs: dict[str, Run], n_rounds: int) -> dict[str, float]:
+    """Median seconds of each, over rounds in which each has its turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(n_rounds):
+        for name, run in runs.items():
+            seconds[name].append(run())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def throughput(
+    x: Tensor, d_sae: int, batch_size: int, n_members: int, n_rounds: int, n_steps: int
+) -> dict[str, Any]:
+    """Compare an ensemble with bare loops and with the ceiling."""
+    shape = (x, d_sae, batch_size, n_members)
+
+    def ceiling() -> float:
+        return 5 * n_members * product_seconds(batch_size, x.shape[1], d_sae, x.device)
+
+    runs = {
+        "bare loops": bare(*shape, n_steps),
+        "ensemble eager": ensemble(*shape, n_steps, False),
+        "ensemble compiled": ensemble(*shape, n_steps, True),
+        "ceiling": ceiling,
+    }
+    seconds = in_turns(runs, n_rounds)
+    gain = {name: seconds["bare loops"] / value for name, value in seconds.items()}
+    return {
+        "batch_size": batch_size,
+        "d_sae": d_sae,
+        "n_members": n_members,
+        "throughput over bare loops": gain,
+        "share of ceiling": seconds["ceiling"] / seconds["ensemble compiled"],
+        "reaches the bar": gain["ensemble compiled"] >= BAR,
+    }
+
+
+def growth(x: Tensor, n_rounds: int, n_steps: int) -> dict[str, Any]:
+    """Fit how a compiled step's time grows with each of three sizes."""
+    base = {"d_sae": 512, "n_members": 4, "batch_size": 512}
+    sizes = {
+        "d_sae": (256, 512, 1024, 2048),
+        "n_members": (1, 2, 4, 8),
+        "batch_size": (256, 512, 1024, 2048),
+    }
+    result = {}
+    for name, values in sizes.items():
+        runs = {
+            str(value): ensemble(x, n_steps=n_steps, compile=True, **(base | {name: value}))
+            for value in values
+        }
+        seconds = in_turns(runs, n_rounds)
+        times = np.array(list(seconds.values()))
+        slope = float(np.polyfit(np.log(values), np.log(times), 1)[0])
+        relative = {size: value / float(times[0]) for size, value in seconds.items()}
+        result[name] = {"time over the smallest": relative, "exponent": slope, "others": base}
+    return result
+
+
+def main(
+    d_in: int = 256,
+    d_sae: int = 512,
+    batch_sizes: tuple[int, ...] = (256, 512, 1024, 4096),
+    n_members: int = 8,
+    threads: int = 1,
+    n_rounds: int = 3,
+    n_steps: int = 10,
+    with_growth: bool = True,
+) -> None:
+    """Measure, print and write."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, _ = ps.SyntheticActivations(d_in=d_in, device=device).sample(16_384)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    result: dict[str, Any] = {
+        "device": name,
+        "threads": threads,
+        "d_in": d_in,
+        "torch": torch.__version__,
+        "throughput": [],
+    }
+    for batch_size in batch_sizes:
+        row = throughput(x, d_sae, batch_size, n_members, n_rounds, n_steps)
+        result["throughput"].append(row)
+        gains = ", ".join(f"{k} {v:.2f}" for k, v in row["throughput over bare loops"].items())
+        print(f"batch {batch_size}: {gains}", flush=True)
+        write(result)
+    if with_growth:
+        result["growth"] = growth(x, n_rounds, n_steps)
+        for size, row in result["growth"].items():
+            times = ", ".join(f"{k}: {v:.2f}" for k, v in row["time over the smallest"].items())
+            print(f"{size}: exponent {row['exponent']:.2f} ({times})", flush=True)
+        write(result)
+
+
+def write(result: dict[str, Any]) -> None:
+    """Keep what was measured so far."""
+    name = f"ensemble-{result['device'].replace(' ', '-')}.json"
+    path = Path(__file__).parent / "results" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,165 @@
+"""Fit many dictionaries at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from probsae.activations.source import ActivationData
+from probsae.inference.callbacks import Callback
+from probsae.inference.ensemble.fits import warn_of_divergence
+from probsae.inference.ensemble.stacked import Setup, Wish, check_passes, fit_stacked
+from probsae.inference.fit import FitResult, fit
+from probsae.inference.guard import NonFiniteElboError
+from probsae.inference.schedule import Schedule
+from probsae.inference.start import check_counts, check_rate, choose_device
+from probsae.inference.step import Precision
+from probsae.models.base import SparseDictionary
+
+
+def fit_ensemble(
+    models: Sequence[SparseDictionary],
+    data: ActivationData,
+    *,
+    n_steps: int = 2_000,
+    batch_size: int = 1_024,
+    learning_rate: float | Sequence[float | None] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    callbacks: Sequence[Iterable[Callback]] = (),
+    schedule: Schedule | Sequence[Schedule | None] | None = None,
+    n_tokens: int | None = None,
+    precision: Precision = "float32",
+    compile: bool | None = None,
+    memory: float | None = None,
+    progress: bool | None = None,
+) -> list[FitResult]:
+    """Fit every model as `fit` would, all on the same batches, in one batched program.
+
+    Models of one class and shape are stacked: their step is one program for all, in which each
+    has its own coefficients, k, schedule and learning rate. Others form groups of their own,
+    which see the same batches. A sweep, a grid and seeds-as-chains are all this.
+
+    Parameters
+    ----------
+    models : sequence of SparseDictionary
+        Of one `d_in`; fitted in place.
+    data : tensor, array, ActivationStore, synthetic source or iterable of batches
+        See `fit`.
+    n_steps, batch_size, seed, device, n_tokens, precision
+        See `fit`; the same for all.
+    learning_rate : float or sequence of float, optional
+        Of all, or one a model; the model's `default_learning_rate` where None.
+    callbacks : sequence of iterables of Callback, optional
+        One iterable a model: a callback keeps what it saw, so two members cannot share one. It
+        may change its model's tensors and optimiser in place, as in `fit`.
+    schedule : Schedule or sequence of Schedule, optional
+        Of all, or one a model; the family's own where None.
+    compile : bool, optional
+        Whether to compile the step; by default where that pays.
+    memory : float, optional
+        Bytes that may be taken; four fifths of what is free on the device where None. Members
+        that do not fit beside the others are fitted after them, on the same batches again.
+    progress : bool, optional
+        Show a bar over all; by default on terminals, for fits longer than two seconds.
+
+    Returns
+    -------
+    list of FitResult
+        In the order of `models`. A member that diverged keeps the parameters of its last good
+        step; its result has `n_steps` there, and says why in `failure`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument or the data are not usable; nothing is changed then.
+    MemoryError
+        If one member alone does not fit.
+
+    Warns
+    -----
+    DivergedMemberWarning
+        Where a member met NaN or infinity; the others went on.
+
+    Notes
+    -----
+    A model whose decoder is not linear has a sampled ELBO, which is not stacked: such models are
+    fitted by `fit` after the others, one by one, on the same batches.
+
+    Examples
+    --------
+    >>> import probsae as ps
+    >>> data = ps.SyntheticActivations(d_in=16, n_features=24, n_active=2, seed=0)
+    >>> models = [ps.TopKSAE(d_in=16, d_sae=32, k=k) for k in (1, 2, 4)]
+    >>> results = ps.fit_ensemble(models, data, n_steps=20, batch_size=64)
+    >>> [result.n_tokens for result in results]
+    [1280, 1280, 1280]
+    """
+    check_counts(n_steps, batch_size)
+    device = choose_device(device)
+    _check_models(models)
+    setup = Setup(data, n_steps, batch_size, seed, device, n_tokens, precision, compile, progress)
+    schedules = _each(schedule, models, "schedule")
+    rates = _each(learning_rate, models, "learning_rate")
+    for rate in rates:
+        check_rate(1.0 if rate is None else rate)
+    own_callbacks = _each(callbacks or [()] * len(models), models, "callbacks")
+    wishes = [
+        Wish(i, model, schedules[i], rates[i], list(own_callbacks[i]))
+        for i, model in enumerate(models)
+    ]
+    stacked = [wish for wish in wishes if wish.model.has_linear_decoder]
+    sampled = [wish for wish in wishes if not wish.model.has_linear_decoder]
+    check_passes(data, len(sampled) + bool(stacked))
+    results = fit_stacked(stacked, setup, memory) if stacked else {}
+    results |= {wish.index: _fit_alone(wish, setup) for wish in sampled}
+    return [results[i] for i in range(len(models))]
+
+
+def _check_models(models: Sequence[SparseDictionary]) -> None:
+    """Raise ValueError unless the models can see the same batches."""
+    if len(models) == 0:
+        raise ValueError("models must hold at least one dictionary, got none")
+    if len({id(model) for model in models}) < len(models):
+        raise ValueError("models must be distinct objects, and one came twice; build each anew")
+    widths = sorted({model.d_in for model in models})
+    if len(widths) > 1:
+        raise ValueError(f"models must have one d_in, got {widths}; fit them apart")
+
+
+def _each(value: Any, models: Sequence[SparseDictionary], name: str) -> list[Any]:
+    """Return one entry a model of what is either one for all or a sequence."""
+    if not isinstance(value, Sequence):
+        return [value] * len(models)
+    if len(value) != len(models):
+        raise ValueError(
+            f"{name} must hold one entry for each of {len(models)} models, got {len(value)}"
+        )
+    return list(value)
+
+
+def _fit_alone(wish: Wish, setup: Setup) -> FitResult:
+    """Fit a model that cannot be stacked; one that diverges is reported as a member is."""
+    try:
+        return fit(
+            wish.model,
+            setup.data,
+            n_steps=setup.n_steps,
+            batch_size=setup.batch_size,
+            learning_rate=wish.learning_rate,
+            seed=setup.seed,
+            device=setup.device,
+            callbacks=wish.callbacks,
+            schedule=wish.schedule,
+            n_tokens=setup.n_tokens,
+            precision=setup.precision,
+            compile=setup.compile,
+            progress=setup.progress,
+        )
+    except NonFiniteElboError as error:
+        state = error.state
+        warn_of_divergence(wish.index, wish.model, str(error))
+        n_seen = state.step * setup.batch_size
+        return FitResult(wish.model, state.history, state.step, n_seen, str(error))

@@ -1,0 +1,172 @@
+"""Fit models with a closed form in stacks, as many at a time as the memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from probsae.activations.source import ActivationData, size_of
+from probsae.inference.callbacks import Callback, FitState
+from probsae.inference.ensemble.fits import EnsembleFits
+from probsae.inference.ensemble.group import Group
+from probsae.inference.ensemble.grouping import group
+from probsae.inference.ensemble.member import Member
+from probsae.inference.ensemble.memory import budget
+from probsae.inference.ensemble.waves import Footprint, footprint, waves
+from probsae.inference.fit import FitResult, warn_of_binding_floor
+from probsae.inference.loop import progress_bar, run
+from probsae.inference.schedule import Schedule
+from probsae.inference.start import adam, open_data
+from probsae.inference.step import (
+    Precision,
+    members_at_a_time,
+    pays_to_compile,
+    piece_tokens,
+    products_in,
+)
+from probsae.models.base import SparseDictionary
+from probsae.models.code_priors import typical_code_size
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all members share."""
+
+    data: ActivationData
+    n_steps: int
+    batch_size: int
+    seed: int
+    device: torch.device
+    n_tokens: int | None
+    precision: Precision
+    compile: bool | None
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the caller gave for one model."""
+
+    index: int
+    model: SparseDictionary
+    schedule: Schedule | None
+    learning_rate: float | None
+    callbacks: list[Callback]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Members of one structure that are fitted at the same time."""
+
+    members: list[Member]
+    n_tokens: int
+    footprint: Footprint
+
+
+def fit_stacked(wishes: Sequence[Wish], setup: Setup, memory: float | None) -> dict[int, FitResult]:
+    """Fit models with a linear decoder; return their results by index."""
+    first, stream = _open(setup, wishes)
+    members = [_member(wish, setup, first) for wish in wishes]
+    room = budget(setup.device, memory)
+    runs = _plan(members, setup, room)
+    check_passes(setup.data, len(runs))
+    bar = progress_bar(setup.n_steps * len(runs), 0, f"{len(members)} dictionaries", setup.progress)
+    with bar:
+        for parts in runs:
+            if parts is not runs[0]:
+                stream = _open(setup, wishes)[1]
+            _run_together(parts, stream, bar, setup, room)
+    return {member.index: _result(member, setup) for member in members}
+
+
+def check_passes(data: ActivationData, n_passes: int) -> None:
+    """Raise ValueError if the data can be read once only, and more is needed."""
+    if n_passes > 1 and isinstance(data, Iterator):
+        raise ValueError(
+            f"these models take {n_passes} passes over the data, and an iterator gives one: some "
+            "do not fit into memory beside the others, or have a decoder that is not linear; pass "
+            "a tensor, a store or a source"
+        )
+
+
+def _open(setup: Setup, wishes: Sequence[Wish]) -> tuple[Tensor, Iterator[Tensor]]:
+    return open_data(
+        setup.data,
+        setup.batch_size,
+        setup.n_steps,
+        setup.seed,
+        setup.device,
+        wishes[0].model.d_in,
+    )
+
+
+def _member(wish: Wish, setup: Setup, first: Tensor) -> Member:
+    """Prepare a model exactly as `fit` does."""
+    model = wish.model.to(setup.device)
+    model.initialize_(first)
+    model.n_tokens = setup.n_tokens or size_of(setup.data) or setup.n_steps * setup.batch_size
+    optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
+    state = FitState(model, optimizer, setup.data, setup.n_steps, setup.device, setup.seed)
+    schedule = wish.schedule or Schedule(**model.schedule_defaults)
+    rate = model.default_learning_rate if wish.learning_rate is None else wish.learning_rate
+    return Member(wish.index, state, schedule, rate, wish.callbacks)
+
+
+def _plan(members: Sequence[Member], setup: Setup, room: float) -> list[list[_Part]]:
+    """Group the members, and deal the groups out into runs that fit the memory."""
+    models = [member.state.model for member in members]
+    groups = group(models)
+    tokens = [piece_tokens(models[indices[0]], setup.batch_size) for indices in groups]
+    footprints = [
+        footprint([models[i] for i in indices], n)
+        for indices, n in zip(groups, tokens, strict=True)
+    ]
+    return [
+        [_Part([members[i] for i in indices], tokens[g], footprints[g]) for g, indices in parts]
+        for parts in waves(groups, footprints, room)
+    ]
+
+
+def _run_together(
+    parts: Sequence[_Part], stream: Iterator[Tensor], bar: tqdm, setup: Setup, room: float
+) -> None:
+    """Fit members on one stream of batches."""
+    models = [member.state.model for part in parts for member in part.members]
+    is_compiled = setup.compile
+    if is_compiled is None:
+        is_compiled = pays_to_compile(models, setup.batch_size, setup.n_steps)
+    room -= sum(part.footprint.resident * len(part.members) for part in parts)
+    groups: list[Group] = []
+    cuda = [setup.device] if setup.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), ExitStack() as stack:
+        torch.manual_seed(setup.seed)
+        for model in models:
+            stack.callback(model.eval)
+            model.train()
+        for part in parts:
+            n_members = _members_at_a_time(part, room)
+            new = Group(part.members, setup.n_steps, part.n_tokens, n_members, is_compiled)
+            stack.callback(new.release)
+            groups.append(new)
+        for model in [*models, *(new.stack.template for new in groups)]:
+            stack.enter_context(products_in(model, setup.precision))
+        run(EnsembleFits(groups), stream, bar)
+
+
+def _members_at_a_time(part: _Part, room: float) -> int:
+    """How many fit the memory, and on a CPU the cache."""
+    most = max(1, int(room // part.footprint.transient))
+    return min(most, members_at_a_time(part.members[0].state.model, part.n_tokens))
+
+
+def _result(member: Member, setup: Setup) -> FitResult:
+    state = member.state
+    if member.failure is None:
+        warn_of_binding_floor(state.model)
+    n_seen = state.step * setup.batch_size
+    return FitResult(state.model, state.history, state.step, n_seen, member.failure)

@@ -1,0 +1,70 @@
+"""What a fit begins with: an open stream of batches, and an optimiser in the data's units."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from probsae.activations.source import ActivationData, batches, check_activations
+from probsae.models.base import SparseDictionary
+
+# Tokens that set location and scales before the first step: the deviation of a mean over them
+# is 1.5% of the data's, well inside what the first hundred steps move.
+_N_INITIAL_TOKENS = 4096
+
+
+def check_counts(n_steps: int, batch_size: int) -> None:
+    """Raise ValueError unless both are at least 1."""
+    for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_rate(learning_rate: float) -> float:
+    """Return the learning rate if it is positive."""
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    return learning_rate
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return `device`, or a GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def open_data(
+    data: ActivationData, batch_size: int, n_steps: int, seed: int, device: torch.device, d_in: int
+) -> tuple[Tensor, Iterator[Tensor]]:
+    """Return the first tokens, and a stream of batches that still begins with them."""
+    stream = batches(data, batch_size, seed=seed, device=device)
+    n_first = min(n_steps, -(-_N_INITIAL_TOKENS // batch_size))
+    head = list(itertools.islice(stream, n_first))
+    if not head:
+        raise ValueError("data must hold at least one batch, got an empty iterator")
+    return check_activations(torch.cat(head), d_in), itertools.chain(head, stream)
+
+
+def adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:
+    """Group parameters by unit and by whether they wait for the KL warm-up.
+
+    `unit` is a code's likely size, that of dimensional parameters' learning rates.
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    factors = model.learning_rate_factors
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = factors.get(name, 1.0) * (unit if name in model.dimensional else 1.0)
+            key = (factor, name in model.frozen_in_warmup)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.Adam(
+        [
+            {"params": parameters, "factor": factor, "waits": waits}
+            for (factor, waits), parameters in groups.items()
+        ],
+        lr=1.0,
+        betas=model.adam_betas,
+        fused=True,
+    )
