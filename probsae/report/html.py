@@ -1,0 +1,142 @@
+"""The feature browser: one HTML file that needs no server and no network.
+
+The only module that imports jinja2 and plotly.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from probsae.activations.shards import write_bytes
+from probsae.evaluate import Report
+from probsae.metrics.calibration import Reliability
+from probsae.report.comparison import comparison_table
+from probsae.report.features import FeatureData
+from probsae.report.payload import feature_payload
+
+# Read in this order; what a script needs stands in those before it.
+_SCRIPTS = ("format.js", "data.js", "charts.js", "detail.js", "grid.js", "pages.js")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a browser page shows; what is missing is left out, with a word on how to get it.
+
+    Attributes
+    ----------
+    title : str
+        Of the page.
+    facts : mapping from str to str
+        How the run was made, printed as it is.
+    features : FeatureData, optional
+        By `gather_features`.
+    report : Report, optional
+        A comparison.
+    reliability : mapping from str to Reliability
+        Stated against observed frequencies by method, where the truth is known.
+    history : mapping from str to sequence
+        `FitResult.history`: `step`, and any of `elbo`, `fvu`, `l0`.
+    """
+
+    title: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    features: FeatureData | None = None
+    report: Report | None = None
+    reliability: Mapping[str, Reliability] = field(default_factory=dict)
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+def write_browser(page: Page, path: str | Path) -> Path:
+    """Write `page` as one HTML file, at once or not at all.
+
+    All text is escaped, and a content security policy names the hashes of the page's own scripts:
+    nothing else can run, and nothing can be fetched.
+
+    Parameters
+    ----------
+    page : Page
+        What to show.
+    path : str or Path
+        The file; folders are made.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If jinja2 or plotly are not installed.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from probsae import SpikeSlabDictionary
+    >>> from probsae.report import gather_features
+    >>> data = gather_features(SpikeSlabDictionary(d_in=8, d_sae=16), torch.randn(50, 8))
+    >>> path = write_browser(Page("A dictionary", features=data), tempfile.mkdtemp() + "/page.html")
+    >>> "A dictionary" in path.read_text()
+    True
+    """
+    content = render(page).encode()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content)
+    return path
+
+
+def render(page: Page) -> str:
+    """Return `page` as HTML text."""
+    environment, plotly_script = _tools()
+    sources = (environment.loader.get_source(environment, name)[0] for name in _SCRIPTS)
+    script = '(() => {\n"use strict";\n' + "\n".join(sources) + "})();\n"
+    return environment.get_template("browser.html").render(
+        page=page,
+        version=version("probsae"),
+        data={
+            "features": None if page.features is None else feature_payload(page.features),
+            "reliability": {name: _bins(bins) for name, bins in page.reliability.items()},
+            "history": {name: list(values) for name, values in page.history.items()},
+        },
+        comparison=None if page.report is None else comparison_table(page.report),
+        script=script,
+        plotly_script=plotly_script,
+        script_hashes=[_hash(plotly_script), _hash(script)],
+    )
+
+
+def _tools() -> tuple[Any, str]:
+    """Return the templates' environment, and plotly's script."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the feature browser needs jinja2 and plotly: pip install 'probsae[report]'"
+        ) from error
+    environment = Environment(
+        loader=PackageLoader("probsae.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # NaN is no JSON; the keys' order is the methods'.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment, get_plotlyjs()
+
+
+def _hash(script: str) -> str:
+    """Return a script's name in a content security policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _bins(bins: Reliability) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in bins._asdict().items()}
