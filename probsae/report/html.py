@@ -1,6 +1,6 @@
 """The feature browser: one HTML file that needs no server and no network.
 
-The only module that imports jinja2 and plotly.
+The only module that imports jinja2 and vl_convert, which carries Vega, Vega-Lite and vega-embed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def write_browser(page: Page, path: str | Path) -> Path:
     Raises
     ------
     ModuleNotFoundError
-        If jinja2 or plotly are not installed.
+        If jinja2 or vl-convert-python are not installed.
 
     Examples
     --------
@@ -94,7 +94,7 @@ def write_browser(page: Page, path: str | Path) -> Path:
 
 def render(page: Page) -> str:
     """Return `page` as HTML text."""
-    environment, plotly_script = _tools()
+    environment, vega_script = _tools()
     sources = (environment.loader.get_source(environment, name)[0] for name in _SCRIPTS)
     script = '(() => {\n"use strict";\n' + "\n".join(sources) + "})();\n"
     return environment.get_template("browser.html").render(
@@ -107,19 +107,19 @@ def render(page: Page) -> str:
         },
         comparison=None if page.report is None else comparison_table(page.report),
         script=script,
-        plotly_script=plotly_script,
-        script_hashes=[_hash(plotly_script), _hash(script)],
+        vega_script=vega_script,
+        script_hashes=[_hash(vega_script), _hash(script)],
     )
 
 
 def _tools() -> tuple[Any, str]:
-    """Return the templates' environment, and plotly's script."""
+    """Return the templates' environment, and Vega's script."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
-        from plotly.offline import get_plotlyjs
+        from vl_convert import javascript_bundle
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the feature browser needs jinja2 and plotly: pip install 'probsae[report]'"
+            "the feature browser needs jinja2 and vl-convert-python: pip install 'probsae[report]'"
         ) from error
     environment = Environment(
         loader=PackageLoader("probsae.report"),
@@ -130,7 +130,8 @@ def _tools() -> tuple[Any, str]:
     )
     # NaN is no JSON; the keys' order is the methods'.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment, get_plotlyjs()
+    # In a function of its own: the bundle's hundreds of names stay out of the page's.
+    return environment, f"(() => {{{javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"
 
 
 def _hash(script: str) -> str:

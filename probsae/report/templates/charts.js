@@ -1,110 +1,148 @@
-const CONFIG = { displayModeBar: false, responsive: true };
-
+// Figures by Vega-Lite; its expressions are interpreted (`ast`), for the page forbids eval.
 function colours() {
   const style = getComputedStyle(document.documentElement);
   const read = (name) => style.getPropertyValue(`--${name}`).trim();
   return { ink: read("ink"), muted: read("muted"), line: read("line"), accent: read("accent"), grey: read("grey"), warm: `rgb(${read("warm").replaceAll(" ", ",")})` };
 }
 
-function axis(title, more) {
+function config() {
   const c = colours();
-  return { title: { text: title, font: { size: 11 }, standoff: 6 }, gridcolor: c.line, linecolor: c.line, zeroline: false, tickfont: { size: 11 }, automargin: true, ...more };
+  const text = { labelColor: c.muted, titleColor: c.muted, titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 11 };
+  return {
+    background: "transparent", font: getComputedStyle(document.body).fontFamily, aria: false,
+    view: { stroke: null },
+    axis: { ...text, gridColor: c.line, domainColor: c.line, tickColor: c.line, titlePadding: 6, labelOverlap: true },
+    legend: { ...text, orient: "top", title: null, symbolType: "square", offset: 4 },
+    bar: { color: c.accent }, point: { color: c.accent, filled: true }, line: { color: c.accent, strokeWidth: 1.5 },
+  };
 }
 
-// Draw, with in words for those who do not see it.
-function draw(id, traces, layout, words) {
-  const node = byId(id);
-  if (!node || !window.Plotly) return;
+// Draw into a node, with words for those who do not see it.
+async function draw(node, words, spec, renderer = "svg") {
+  node.setAttribute("role", "img");
   node.setAttribute("aria-label", words);
-  const base = {
-    margin: { l: 48, r: 12, t: 6, b: 36 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
-    font: { family: "inherit", size: 11, color: colours().muted }, bargap: 0.06, showlegend: false,
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, hoverlabel: { namelength: -1 },
-  };
-  Plotly.react(node, traces, { ...base, ...layout }, CONFIG);
+  const full = { width: "container", height: "container", autosize: { type: "fit", contains: "padding" }, config: config(), ...spec };
+  const theme = document.documentElement.dataset.theme;
+  const { view } = await vegaEmbed(node, full, { ast: true, actions: false, renderer, tooltip: { theme } });
+  return view;
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
+const quantity = (field, title, more) => ({ field, type: "quantitative", title, ...more });
+// On a log axis a bar stands on .7, so that a count of 1 has a height.
+const count = { ...quantity("n", null, { stack: null, scale: { type: "log", domainMin: 0.7 }, axis: { tickCount: 4, format: "~s" } }) };
+const floor = { datum: 0.7 };
+const kinds = (names, range) => ({ field: "kind", type: "nominal", scale: { domain: names, range } });
+const tip = (field, title, format = ".3~g") => ({ field, title, format, type: "quantitative" });
 
-function drawHistogram(one) {
-  const c = colours();
+const CODE_KINDS = () => ["p > .5", `p ${fraction(FEATURES.kept)} to .5`];
+const codes = { node: make("div", { id: "chart-codes", class: "chart" }), view: null };
+
+function codeBars(one) {
   const [low, high] = one.edges;
   const width = (high - low) / one.likely.length || 1;
-  const x = one.likely.map((_, i) => low + (i + 0.5) * width);
-  const bar = (y, name, color) => ({ type: "bar", x, y, name, width, marker: { color }, hovertemplate: `%{y} tokens at %{x:.3g}<extra>${name}</extra>` });
-  draw(
-    "chart-codes",
-    [bar(one.likely, "p > .5", c.accent), bar(one.unlikely, `p ${fraction(FEATURES.kept)} to .5`, c.grey)],
-    { barmode: "stack", showlegend: true, xaxis: axis("code E z"), yaxis: axis("tokens", { type: "log", dtick: 1 }), margin: { l: 44, r: 8, t: 22, b: 36 } },
-    `Histogram of the codes: ${sum(one.likely)} tokens with p above .5, ${sum(one.unlikely)} below, from ${number(low)} to ${number(high)}`
-  );
+  const bars = (counts, kind) => counts.flatMap((n, i) => (n ? [{ x: low + i * width, end: low + (i + 1) * width, n, kind }] : []));
+  const [likely, unlikely] = CODE_KINDS();
+  return [...bars(one.unlikely, unlikely), ...bars(one.likely, likely)];
+}
+
+function codesSpec(values) {
+  const c = colours();
+  return {
+    data: { name: "bars", values }, mark: { type: "bar", opacity: 0.9 },
+    encoding: {
+      x: quantity("x", "code E z", { bin: { binned: true }, scale: { zero: true, nice: false }, axis: { tickCount: 6, format: "~g", grid: false } }), x2: { field: "end" },
+      y: { ...count, title: "tokens" }, y2: floor,
+      color: kinds(CODE_KINDS(), [c.accent, c.grey]),
+      tooltip: [tip("n", "tokens", ","), tip("x", "from"), tip("end", "to"), { field: "kind" }],
+    },
+  };
+}
+
+const codeWords = (one) =>
+  `Histogram of the codes: ${sum(one.likely)} tokens with p above .5, ${sum(one.unlikely)} below, from ${number(one.edges[0])} to ${number(one.edges[1])}`;
+
+// The figure of the feature on show; its node outlives features, so that a change is quick.
+async function drawCodes(one, isNew) {
+  if (isNew || !codes.view) {
+    codes.view = await draw(codes.node, codeWords(one), codesSpec(codeBars(one)));
+    return;
+  }
+  codes.node.setAttribute("aria-label", codeWords(one));
+  await codes.view.data("bars", codeBars(one)).runAsync();
 }
 
 function drawRates() {
-  const rates = FEATURES.columns.rate;
-  const alive = Array.from({ length: N }, (_, i) => isAlive(i));
-  const logs = (wanted) => rates.flatMap((r, i) => (alive[i] === wanted && r > 0 ? [Math.log10(r)] : []));
   const c = colours();
-  const bar = (wanted, name, color) => ({ type: "histogram", x: logs(wanted), name, marker: { color }, xbins: { start: -8, end: 0, size: 0.1 } });
-  draw(
-    "chart-rates",
-    [bar(true, "likely somewhere", c.accent), bar(false, "never likely", c.grey)],
-    { barmode: "stack", showlegend: true, xaxis: axis("log10 rate"), yaxis: axis("features") },
-    `Histogram of ${N} firing rates; ${alive.filter(Boolean).length} features are likely somewhere`
-  );
+  const names = ["likely somewhere", "never likely"];
+  const values = FEATURES.columns.rate.flatMap((rate, i) => (rate > 0 ? [{ x: Math.log10(rate), kind: names[isAlive(i) ? 0 : 1] }] : []));
+  return draw(byId("chart-rates"), `Histogram of ${N} firing rates; ${values.filter(({ kind }) => kind === names[0]).length} features are likely somewhere`, {
+    data: { values }, mark: "bar",
+    encoding: {
+      x: quantity("x", "log10 of the rate", { bin: { step: 0.1 }, axis: { grid: false, tickCount: 8, format: "~g" } }),
+      y: { aggregate: "count", title: "features" }, color: kinds(names, [c.accent, c.grey]),
+    },
+  });
 }
 
-function drawScatter(name) {
+async function drawScatter(name) {
   const column = COLUMNS.find((one) => one.name === name);
-  const y = FEATURES.columns[name];
-  draw(
-    "chart-scatter",
-    [{ type: "scatter", mode: "markers", x: FEATURES.columns.rate, y, text: y.map((_, i) => `feature ${i}`), customdata: y.map((_, i) => i), marker: { size: 4, opacity: 0.55, color: colours().accent }, hovertemplate: "%{text}<br>rate %{x:.3g}<br>%{y:.3g}<extra></extra>" }],
-    { xaxis: axis("rate", { type: "log" }), yaxis: axis(column.label), hovermode: "closest" },
-    `Scatter plot of ${N} features: rate against ${column.label}`
-  );
+  const values = FEATURES.columns.rate.flatMap((rate, feature) => {
+    const y = value(name, feature);
+    return rate > 0 && y !== null ? [{ feature, rate, y }] : [];
+  });
+  const view = await draw(byId("chart-scatter"), `Scatter plot of ${values.length} features: rate against ${column.label}`, {
+    data: { values }, mark: { type: "circle", size: 14, opacity: 0.5, cursor: "pointer", color: colours().accent },
+    encoding: {
+      x: quantity("rate", "rate", { scale: { type: "log" }, axis: { tickCount: 6, format: "~g" } }),
+      y: quantity("y", column.label, { scale: { zero: false } }),
+      tooltip: [tip("feature", "feature", "d"), tip("rate", "rate"), tip("y", column.label)],
+    },
+  }, "canvas");
+  view.addEventListener("click", (_, item) => item?.datum && openFeature(item.datum.feature));
 }
 
 function drawGates() {
-  const counts = FEATURES.p_active;
-  const x = counts.map((_, i) => (i + 0.5) / counts.length);
-  draw(
-    "chart-p",
-    [{ type: "bar", x, y: counts, marker: { color: colours().accent }, hovertemplate: "%{y} codes<extra></extra>" }],
-    { xaxis: axis("p_active", { range: [0, 1] }), yaxis: axis("codes", { type: "log", dtick: 1 }) },
-    `Histogram of p_active from ${FEATURES.kept} to 1 over ${sum(counts)} codes`
-  );
+  const n = FEATURES.p_active.length;
+  const values = FEATURES.p_active.flatMap((count, i) => (count ? [{ x: i / n, end: (i + 1) / n, n: count }] : []));
+  return draw(byId("chart-p"), `Histogram of p_active from ${FEATURES.kept} to 1 over ${sum(FEATURES.p_active)} codes`, {
+    data: { values }, mark: "bar",
+    encoding: {
+      x: quantity("x", "p_active", { bin: { binned: true }, scale: { domain: [0, 1] }, axis: { grid: false, tickCount: 10, format: "~g" } }), x2: { field: "end" },
+      y: { ...count, title: "codes" }, y2: floor, tooltip: [tip("n", "codes", ","), tip("x", "from"), tip("end", "to")],
+    },
+  });
 }
 
 const PARTS = [["elbo", "elbo, nats a token"], ["fvu", "fvu"], ["l0", "l0"]];
 
 function drawHistory() {
-  const history = DATA.history;
-  const parts = PARTS.filter(([name]) => history[name]);
-  const layout = { grid: { rows: 1, columns: parts.length, pattern: "independent", xgap: 0.25 } };
-  const traces = parts.map(([name, title], i) => {
-    const n = i ? i + 1 : "";
-    layout[`xaxis${n}`] = axis("step", { nticks: 4 });
-    layout[`yaxis${n}`] = axis(title, { nticks: 6 });
-    return { x: history.step, y: history[name], xaxis: `x${n}`, yaxis: `y${n}`, mode: "lines", name, line: { color: colours().accent, width: 1.5 } };
-  });
-  draw("chart-history", traces, layout, `Course of ${parts.map(([name]) => name).join(", ")} by step`);
+  const run = DATA.history;
+  const parts = PARTS.filter(([name]) => run[name]);
+  const nodes = parts.map(() => make("div", { class: "chart" }));
+  byId("chart-history").replaceChildren(...nodes);
+  return Promise.all(parts.map(([name, title], i) => draw(nodes[i], `${title} by step, last ${number(run[name].at(-1), 4)}`, {
+    data: { values: run.step.map((step, j) => ({ step, y: run[name][j] })) }, mark: "line",
+    encoding: { x: quantity("step", "step", { axis: { grid: false, tickCount: 4 } }), y: quantity("y", title, { scale: { zero: false }, axis: { tickCount: 6, format: "~g" } }) },
+  })));
 }
 
 function drawReliability() {
   const c = colours();
-  const palette = [c.accent, c.warm, "#8a63d2", "#c2477f", "#5a8f3c", "#7d7d7d"];
-  const methods = Object.entries(DATA.reliability);
-  const traces = methods.map(([name, bins], i) => ({
-    x: bins.predicted, y: bins.observed, name, mode: "lines+markers",
-    line: { color: palette[i % palette.length], width: 1.5 }, marker: { size: 6 },
-    error_y: { type: "data", symmetric: false, thickness: 1, width: 2, array: bins.upper.map((u, j) => u - bins.observed[j]), arrayminus: bins.lower.map((l, j) => bins.observed[j] - l) },
-    customdata: bins.count, hovertemplate: "stated %{x:.3f}<br>observed %{y:.3f}<br>%{customdata} codes",
-  }));
-  const diagonal = { x: [0, 1], y: [0, 1], mode: "lines", name: "calibrated", line: { color: c.muted, dash: "dot", width: 1 }, hoverinfo: "skip" };
-  draw(
-    "chart-reliability", [diagonal, ...traces],
-    { showlegend: true, xaxis: axis("p_active, as stated", { range: [0, 1] }), yaxis: axis("share that is truly active", { range: [0, 1.02] }) },
-    `Reliability diagram of ${methods.map(([name]) => name).join(", ")}`
-  );
+  const methods = Object.keys(DATA.reliability);
+  const values = Object.entries(DATA.reliability).flatMap(([kind, bins]) =>
+    bins.predicted.map((x, i) => ({ kind, x, y: bins.observed[i], lower: bins.lower[i], upper: bins.upper[i], n: bins.count[i] })));
+  const x = quantity("x", "p_active, as stated", { scale: { domain: [0, 1] } });
+  const color = { ...kinds(methods, [c.accent, c.warm, "#8a63d2", "#c2477f", "#5a8f3c", c.muted]), legend: { orient: "right", symbolType: "circle" } };
+  const shown = (mark, y, more) => ({ mark, encoding: { x, y: quantity(y, "share that is truly active", { scale: { domain: [0, 1] } }), color, ...more } });
+  const tooltip = [{ field: "kind", title: "method" }, tip("x", "stated"), tip("y", "observed"), tip("n", "codes", ",")];
+  return draw(byId("chart-reliability"), `Reliability diagram of ${methods.join(", ")}`, {
+    data: { values },
+    layer: [
+      { data: { values: [{ x: 0, y: 0 }, { x: 1, y: 1 }] }, mark: { type: "line", strokeDash: [3, 3], color: c.muted, strokeWidth: 1 }, encoding: { x, y: quantity("y") } },
+      shown({ type: "rule", opacity: 0.7 }, "lower", { y2: { field: "upper" } }),
+      shown("line", "y"),
+      shown({ type: "point", size: 40 }, "y", { tooltip }),
+    ],
+  });
 }

@@ -43,7 +43,7 @@ function exampleLine(row, one, size) {
   );
 }
 
-function exampleList(title, rows, one, size, nothing, legend) {
+function exampleList(title, rows, one, size, nothing, legend = null) {
   const lines = rows.map((row) => exampleLine(row, one, size));
   return make(
     "section", {}, legend, make("h3", {}, title),
@@ -94,10 +94,10 @@ function showDetail(feature) {
     exampleList("Strongest tokens", one.top, one, size, "Not active on any token.", legend()),
     exampleList("Where it is undecided", one.undecided, one, size, "No token with p_active between .2 and .8."),
     make("div", { class: "panels" },
-      panel("Codes", make("div", { id: "chart-codes", class: "chart", role: "img" })),
+      panel("Codes", codes.node),
       make("div", {}, panel("Fires on", tokensPanel(one)), panel("Nearest features, by cosine", nearestPanel(feature))),
       panel("Effect on logits", effectsPanel(feature)))
   );
   byId("detail").scrollTop = 0;
-  drawHistogram(one);
+  drawCodes(one);
 }

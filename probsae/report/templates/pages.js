@@ -9,12 +9,6 @@ function drawPage(name) {
   }
   if (name === "overview" && DATA.history.step) drawHistory();
   if (name === "comparison" && Object.keys(DATA.reliability).length) drawReliability();
-  if (name === "overview" && FEATURES && !drawn.has(name)) {
-    byId("chart-scatter").on("plotly_click", ({ points }) => {
-      open("features");
-      select(points[0].customdata);
-    });
-  }
   drawn.add(name);
 }
 
@@ -29,11 +23,17 @@ function open(name, isFocused) {
   drawPage(name);
 }
 
+function openFeature(feature) {
+  open("features");
+  select(feature);
+  byId("grid").focus();
+}
+
 function setTheme(name) {
   document.documentElement.dataset.theme = name;
   byId("theme").textContent = name === "dark" ? "Light" : "Dark";
   byId("theme").setAttribute("aria-label", `Switch to ${name === "dark" ? "light" : "dark"} colours`);
-  if (FEATURES && list.selected !== null) drawHistogram(example(list.selected));
+  if (codes.view) drawCodes(example(list.selected), true);
   for (const page of drawn) if (!byId(`page-${page}`).hidden) drawPage(page);
 }
 
