@@ -3,6 +3,7 @@
 from probsae.report.features import FeatureData, gather_features
 from probsae.report.html import Page, write_browser
 from probsae.report.markdown import write_comparison
+from probsae.report.run_folder import report_run
 from probsae.report.token_text import TokenText, token_text
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Page",
     "TokenText",
     "gather_features",
+    "report_run",
     "token_text",
     "write_browser",
     "write_comparison",

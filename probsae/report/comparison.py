@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from probsae.evaluate import Report, Row
+from probsae.evaluate import Report
 
 Better = Literal["lower", "higher", ""]
 
@@ -64,12 +64,13 @@ def comparison_table(report: Report) -> ComparisonTable:
 
     Examples
     --------
+    >>> from probsae.evaluate import Row
     >>> rows = tuple(Row(name, 8, fvu, fvu, 2.0, 8) for name, fvu in (("a", 0.1), ("b", 0.2)))
     >>> [cell.text for cell in comparison_table(Report(rows, 100)).lines[1].cells]
     ['0.1000', '0.2000']
     """
     lines = [
-        Line(name.replace("_", " "), meaning, better, _cells(report, name, better))
+        Line(name, meaning, better, _cells(report, name, better))
         for name, better, meaning in _FIGURES
         if any(getattr(row, name) is not None for row in report.rows)
     ]
@@ -80,12 +81,15 @@ def _cells(report: Report, name: str, better: Better) -> list[Cell]:
     values = [getattr(row, name) for row in report.rows]
     known = [value for value in values if value is not None]
     best = {"lower": min, "higher": max}[better](known) if better and len(known) > 1 else None
-    return [Cell(_text(value), value is not None and value == best) for value in values]
+    # As printed: a difference that no reader sees makes no best.
+    return [
+        Cell(_text(value), best is not None and _text(value) == _text(best)) for value in values
+    ]
 
 
 def _text(value: float | int | None) -> str:
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"

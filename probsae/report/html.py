@@ -9,6 +9,7 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,8 @@ def write_browser(page: Page, path: str | Path) -> Path:
 
 def render(page: Page) -> str:
     """Return `page` as HTML text."""
-    environment, vega_script = _tools()
-    sources = (environment.loader.get_source(environment, name)[0] for name in _SCRIPTS)
-    script = '(() => {\n"use strict";\n' + "\n".join(sources) + "})();\n"
-    return environment.get_template("browser.html").render(
+    template, script, vega_script = load_template()
+    return template.render(
         page=page,
         version=version("probsae"),
         data={
@@ -112,8 +111,15 @@ def render(page: Page) -> str:
     )
 
 
-def _tools() -> tuple[Any, str]:
-    """Return the templates' environment, and Vega's script."""
+@cache
+def load_template() -> tuple[Any, str, str]:
+    """Return the page's template, its script, and Vega's; bundling the last takes seconds.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If jinja2 or vl-convert-python are not installed.
+    """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from vl_convert import javascript_bundle
@@ -130,8 +136,14 @@ def _tools() -> tuple[Any, str]:
     )
     # NaN is no JSON; the keys' order is the methods'.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    # In a function of its own: the bundle's hundreds of names stay out of the page's.
-    return environment, f"(() => {{{javascript_bundle('window.vegaEmbed = vegaEmbed;')}}})();"
+    sources = (environment.loader.get_source(environment, name)[0] for name in _SCRIPTS)
+    vega = javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    # In functions of their own: neither's names are seen by the other.
+    return (
+        environment.get_template("browser.html"),
+        '(() => {\n"use strict";\n' + "\n".join(sources) + "})();\n",
+        f"(() => {{{vega}}})();",
+    )
 
 
 def _hash(script: str) -> str:

@@ -12,7 +12,7 @@ function config() {
     background: "transparent", font: getComputedStyle(document.body).fontFamily, aria: false,
     view: { stroke: null },
     axis: { ...text, gridColor: c.line, domainColor: c.line, tickColor: c.line, titlePadding: 6, labelOverlap: true },
-    legend: { ...text, orient: "top", title: null, symbolType: "square", offset: 4 },
+    legend: { ...text, orient: "top", title: null, symbolType: "square", symbolOpacity: 1, offset: 4 },
     bar: { color: c.accent }, point: { color: c.accent, filled: true }, line: { color: c.accent, strokeWidth: 1.5 },
   };
 }
@@ -23,14 +23,17 @@ async function draw(node, words, spec, renderer = "svg") {
   node.setAttribute("aria-label", words);
   const full = { width: "container", height: "container", autosize: { type: "fit", contains: "padding" }, config: config(), ...spec };
   const theme = document.documentElement.dataset.theme;
-  const { view } = await vegaEmbed(node, full, { ast: true, actions: false, renderer, tooltip: { theme } });
+  // A node of its own: Vega gives it another role and label.
+  const inner = make("div", { class: "fill" });
+  node.replaceChildren(inner);
+  const { view } = await vegaEmbed(inner, full, { ast: true, actions: false, defaultStyle: false, renderer, tooltip: { theme } });
   return view;
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const quantity = (field, title, more) => ({ field, type: "quantitative", title, ...more });
 // On a log axis a bar stands on .7, so that a count of 1 has a height.
-const count = { ...quantity("n", null, { stack: null, scale: { type: "log", domainMin: 0.7 }, axis: { tickCount: 4, format: "~s" } }) };
+const count = { ...quantity("n", null, { stack: null, scale: { type: "log", domainMin: 0.7 }, axis: { tickCount: 4, format: "~s", grid: false } }) };
 const floor = { datum: 0.7 };
 const kinds = (names, range) => ({ field: "kind", type: "nominal", scale: { domain: names, range } });
 const tip = (field, title, format = ".3~g") => ({ field, title, format, type: "quantitative" });
@@ -72,15 +75,22 @@ async function drawCodes(one, isNew) {
   await codes.view.data("bars", codeBars(one)).runAsync();
 }
 
+const rateAxis = () => quantity(null, "rate", { scale: { type: "log" }, axis: { tickCount: 6, format: "~g", grid: false } });
+
 function drawRates() {
   const c = colours();
   const names = ["likely somewhere", "never likely"];
-  const values = FEATURES.columns.rate.flatMap((rate, i) => (rate > 0 ? [{ x: Math.log10(rate), kind: names[isAlive(i) ? 0 : 1] }] : []));
-  return draw(byId("chart-rates"), `Histogram of ${N} firing rates; ${values.filter(({ kind }) => kind === names[0]).length} features are likely somewhere`, {
-    data: { values }, mark: "bar",
+  // Ten bins a decade.
+  const values = FEATURES.columns.rate.flatMap((rate, i) => {
+    const bin = Math.floor(10 * Math.log10(rate));
+    return rate > 0 ? [{ x: 10 ** (bin / 10), end: 10 ** ((bin + 1) / 10), kind: names[isAlive(i) ? 0 : 1] }] : [];
+  });
+  const isKnown = ({ kind }) => kind === names[0];
+  return draw(byId("chart-rates"), `Histogram of ${N} firing rates; ${values.filter(isKnown).length} features are likely somewhere`, {
+    data: { values }, mark: { type: "bar", binSpacing: 1 },
     encoding: {
-      x: quantity("x", "log10 of the rate", { bin: { step: 0.1 }, axis: { grid: false, tickCount: 8, format: "~g" } }),
-      y: { aggregate: "count", title: "features" }, color: kinds(names, [c.accent, c.grey]),
+      x: { ...rateAxis(), field: "x" }, x2: { field: "end" },
+      y: { aggregate: "count", type: "quantitative", title: "features", axis: { tickCount: 5 } }, color: kinds(names, [c.accent, c.grey]),
     },
   });
 }
@@ -94,7 +104,7 @@ async function drawScatter(name) {
   const view = await draw(byId("chart-scatter"), `Scatter plot of ${values.length} features: rate against ${column.label}`, {
     data: { values }, mark: { type: "circle", size: 14, opacity: 0.5, cursor: "pointer", color: colours().accent },
     encoding: {
-      x: quantity("rate", "rate", { scale: { type: "log" }, axis: { tickCount: 6, format: "~g" } }),
+      x: { ...rateAxis(), field: "rate" },
       y: quantity("y", column.label, { scale: { zero: false } }),
       tooltip: [tip("feature", "feature", "d"), tip("rate", "rate"), tip("y", column.label)],
     },
@@ -123,7 +133,7 @@ function drawHistory() {
   byId("chart-history").replaceChildren(...nodes);
   return Promise.all(parts.map(([name, title], i) => draw(nodes[i], `${title} by step, last ${number(run[name].at(-1), 4)}`, {
     data: { values: run.step.map((step, j) => ({ step, y: run[name][j] })) }, mark: "line",
-    encoding: { x: quantity("step", "step", { axis: { grid: false, tickCount: 4 } }), y: quantity("y", title, { scale: { zero: false }, axis: { tickCount: 6, format: "~g" } }) },
+    encoding: { x: quantity("step", "step", { axis: { grid: false, tickCount: 4 } }), y: quantity("y", title, { scale: { zero: false }, axis: { tickCount: 5 } }) },
   })));
 }
 
@@ -132,9 +142,9 @@ function drawReliability() {
   const methods = Object.keys(DATA.reliability);
   const values = Object.entries(DATA.reliability).flatMap(([kind, bins]) =>
     bins.predicted.map((x, i) => ({ kind, x, y: bins.observed[i], lower: bins.lower[i], upper: bins.upper[i], n: bins.count[i] })));
-  const x = quantity("x", "p_active, as stated", { scale: { domain: [0, 1] } });
+  const x = quantity("x", "p_active, as stated", { scale: { domain: [0, 1] }, axis: { tickCount: 6, format: "~g" } });
   const color = { ...kinds(methods, [c.accent, c.warm, "#8a63d2", "#c2477f", "#5a8f3c", c.muted]), legend: { orient: "right", symbolType: "circle" } };
-  const shown = (mark, y, more) => ({ mark, encoding: { x, y: quantity(y, "share that is truly active", { scale: { domain: [0, 1] } }), color, ...more } });
+  const shown = (mark, y, more) => ({ mark, encoding: { x, y: quantity(y, "share that is truly active", { scale: { domain: [0, 1] }, axis: { tickCount: 6, format: "~g" } }), color, ...more } });
   const tooltip = [{ field: "kind", title: "method" }, tip("x", "stated"), tip("y", "observed"), tip("n", "codes", ",")];
   return draw(byId("chart-reliability"), `Reliability diagram of ${methods.join(", ")}`, {
     data: { values },

@@ -26,7 +26,7 @@ function kwic(row, one, size) {
     "span", { class: "kwic" },
     make("span", { class: "before" }, ...run(first, row)),
     make("span", {}, token(row, one.codes.get(row), size, true)),
-    make("span", {}, ...run(row + 1, end))
+    make("span", { class: "after" }, ...run(row + 1, end))
   );
 }
 

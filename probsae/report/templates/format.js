@@ -17,7 +17,7 @@ function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e5) return value.toExponential(digits - 1).replace("e+", "e");
+  if (size < 1e-3 || size >= 1e5) return value.toExponential(digits - 1).replace("e+", "e").replace(/\.?0*e/, "e");
   return String(Number(value.toPrecision(digits)));
 }
 

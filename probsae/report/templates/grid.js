@@ -118,8 +118,10 @@ function move(event) {
 
 function startGrid() {
   decades = -lowest();
-  const widths = ["46px", ...(FEATURES.text ? ["minmax(80px, 1fr)"] : []), FEATURES.text ? "90px" : "minmax(90px, 1fr)", ...COLUMNS.map(() => "62px")];
+  const wide = (pixels) => `minmax(${pixels}px, 1fr)`;
+  const widths = ["44px", ...(FEATURES.text ? [wide(90)] : []), wide(72), ...COLUMNS.map(() => "58px")];
   byId("grid").style.setProperty("--grid-columns", widths.join(" "));
+  byId("grid").style.setProperty("--grid-width", `${250 + 66 * COLUMNS.length}px`);
   byId("grid").setAttribute("aria-colcount", widths.length);
   byId("grid").addEventListener("keydown", move);
   byId("scroller").addEventListener("scroll", paintRows, { passive: true });
