@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ LogitEffects = Sequence[Sequence[tuple[str, float]]]
 """For each feature the output tokens that it moves most, with the change of their logits."""
 
 
+@runtime_checkable
 class DirectionUncertainty(Protocol):
     """A dictionary's posterior, as far as the browser shows it."""
 

@@ -19,7 +19,7 @@ from probsae.evaluate import Report
 from probsae.metrics.calibration import Reliability
 from probsae.report.comparison import comparison_table
 from probsae.report.features import FeatureData
-from probsae.report.payload import feature_payload
+from probsae.report.payload import feature_payload, finite
 
 # Read in this order; what a script needs stands in those before it.
 _SCRIPTS = ("format.js", "data.js", "charts.js", "detail.js", "grid.js", "pages.js")
@@ -102,7 +102,7 @@ def render(page: Page) -> str:
         data={
             "features": None if page.features is None else feature_payload(page.features),
             "reliability": {name: _bins(bins) for name, bins in page.reliability.items()},
-            "history": {name: list(values) for name, values in page.history.items()},
+            "history": {name: [finite(v) for v in values] for name, values in page.history.items()},
         },
         comparison=None if page.report is None else comparison_table(page.report),
         script=script,
@@ -127,8 +127,9 @@ def load_template() -> tuple[Any, str, str]:
         raise ModuleNotFoundError(
             "the feature browser needs jinja2 and vl-convert-python: pip install 'probsae[report]'"
         ) from error
+    loader = PackageLoader("probsae.report")
     environment = Environment(
-        loader=PackageLoader("probsae.report"),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -136,7 +137,7 @@ def load_template() -> tuple[Any, str, str]:
     )
     # NaN is no JSON; the keys' order is the methods'.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    sources = (environment.loader.get_source(environment, name)[0] for name in _SCRIPTS)
+    sources = (loader.get_source(environment, name)[0] for name in _SCRIPTS)
     vega = javascript_bundle("window.vegaEmbed = vegaEmbed;")
     # In functions of their own: neither's names are seen by the other.
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -65,13 +65,18 @@ def _pairs(pairs: Iterable[tuple[Any, float]]) -> list:
     return [value for a, b in pairs for value in (a, _number(b))]
 
 
-def _numbers(values: Iterable[float]) -> list:
-    return [_number(value) for value in values]
+def _numbers(values: np.ndarray | Sequence[float]) -> list:
+    return [_number(value) for value in np.asarray(values).tolist()]
+
+
+def finite(value: float) -> float | None:
+    """Return the value, or None where it is not finite: JSON has neither NaN nor infinity."""
+    return value if np.isfinite(value) else None
 
 
 def _number(value: float) -> float | int | None:
-    """Round to three digits; None where a value is not finite, which JSON does not have."""
-    if not np.isfinite(value):
+    """Round to three digits."""
+    if finite(value) is None:
         return None
     rounded = float(f"{value:.{_DIGITS}g}")
     return int(rounded) if rounded.is_integer() else rounded

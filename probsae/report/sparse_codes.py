@@ -45,7 +45,7 @@ class SparseCodes:
 
     n_tokens: int
     entries: Entries
-    starts: Int[np.ndarray, " d_sae+1"]
+    starts: Int[np.ndarray, " boundary"]
     p_sum: Float[np.ndarray, " d_sae"]
     p_square_sum: Float[np.ndarray, " d_sae"]
 

@@ -24,7 +24,7 @@ async function draw(node, words, spec, renderer = "svg") {
   const full = { width: "container", height: "container", autosize: { type: "fit", contains: "padding" }, config: config(), ...spec };
   const theme = document.documentElement.dataset.theme;
   // A node of its own: Vega gives it another role and label.
-  const inner = make("div", { class: "fill" });
+  const inner = make("div", { class: "fill", "aria-hidden": "true" });
   node.replaceChildren(inner);
   const { view } = await vegaEmbed(inner, full, { ast: true, actions: false, defaultStyle: false, renderer, tooltip: { theme } });
   return view;

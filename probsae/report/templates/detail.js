@@ -85,6 +85,8 @@ function effectsPanel(feature) {
     list(all.filter(([, change]) => change > 0)), list(all.filter(([, change]) => change <= 0).reverse()));
 }
 
+const isEmpty = (one) => sum(one.likely) + sum(one.unlikely) === 0;
+
 function showDetail(feature) {
   const one = example(feature);
   const size = Math.abs(value("largest", feature)) || 1;
@@ -94,10 +96,10 @@ function showDetail(feature) {
     exampleList("Strongest tokens", one.top, one, size, "Not active on any token.", legend()),
     exampleList("Where it is undecided", one.undecided, one, size, "No token with p_active between .2 and .8."),
     make("div", { class: "panels" },
-      panel("Codes", codes.node),
+      panel("Codes", isEmpty(one) ? make("p", { class: "hint" }, `None with p_active above ${fraction(FEATURES.kept)}.`) : codes.node),
       make("div", {}, panel("Fires on", tokensPanel(one)), panel("Nearest features, by cosine", nearestPanel(feature))),
       panel("Effect on logits", effectsPanel(feature)))
   );
   byId("detail").scrollTop = 0;
-  drawCodes(one);
+  if (!isEmpty(one)) drawCodes(one);
 }

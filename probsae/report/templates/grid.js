@@ -1,5 +1,6 @@
 // The list of features: only the rows in view exist, so that its length costs nothing.
 const ROW = 26;
+const HEAD = 30;
 const EXTRA = 10;
 const list = { order: [], by: "rate", isDescending: true, selected: null };
 
@@ -32,13 +33,13 @@ function line(position) {
 }
 
 function paintRows() {
-  const scroller = byId("scroller");
-  const first = Math.max(0, Math.floor(scroller.scrollTop / ROW) - EXTRA);
-  const end = Math.min(list.order.length, Math.ceil((scroller.scrollTop + scroller.clientHeight) / ROW) + EXTRA);
+  const grid = byId("grid");
+  const first = Math.max(0, Math.floor(grid.scrollTop / ROW) - EXTRA);
+  const end = Math.min(list.order.length, Math.ceil((grid.scrollTop + grid.clientHeight) / ROW) + EXTRA);
   byId("rows").replaceChildren(...Array.from({ length: Math.max(0, end - first) }, (_, i) => line(first + i)));
   const isShown = list.order.slice(first, end).includes(list.selected);
-  if (isShown) byId("grid").setAttribute("aria-activedescendant", `row-${list.selected}`);
-  else byId("grid").removeAttribute("aria-activedescendant");
+  if (isShown) grid.setAttribute("aria-activedescendant", `row-${list.selected}`);
+  else grid.removeAttribute("aria-activedescendant");
 }
 
 function heading(name, label, title, isNumber) {
@@ -78,7 +79,7 @@ function refreshList() {
   byId("rows").style.height = `${list.order.length * ROW}px`;
   byId("grid").setAttribute("aria-rowcount", list.order.length + 1);
   byId("count").textContent = `${list.order.length.toLocaleString("en")} of ${N.toLocaleString("en")}`;
-  byId("scroller").scrollTop = 0;
+  byId("grid").scrollTop = 0;
   paintHead();
   paintRows();
 }
@@ -99,14 +100,15 @@ function select(feature) {
 }
 
 function reveal(position) {
-  const scroller = byId("scroller");
+  const grid = byId("grid");
   const top = position * ROW;
-  if (top < scroller.scrollTop) scroller.scrollTop = top;
-  if (top + ROW > scroller.scrollTop + scroller.clientHeight) scroller.scrollTop = top + ROW - scroller.clientHeight;
+  const height = grid.clientHeight - HEAD;
+  if (top < grid.scrollTop) grid.scrollTop = top;
+  if (top + ROW > grid.scrollTop + height) grid.scrollTop = top + ROW - height;
 }
 
 function move(event) {
-  const page = Math.max(1, Math.floor(byId("scroller").clientHeight / ROW) - 1);
+  const page = Math.max(1, Math.floor((byId("grid").clientHeight - HEAD) / ROW) - 1);
   const last = list.order.length - 1;
   const at = list.order.indexOf(list.selected);
   const next = { ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + page, PageUp: at - page, Home: 0, End: last }[event.key];
@@ -124,9 +126,9 @@ function startGrid() {
   byId("grid").style.setProperty("--grid-width", `${250 + 66 * COLUMNS.length}px`);
   byId("grid").setAttribute("aria-colcount", widths.length);
   byId("grid").addEventListener("keydown", move);
-  byId("scroller").addEventListener("scroll", paintRows, { passive: true });
+  byId("grid").addEventListener("scroll", paintRows, { passive: true });
   byId("query").addEventListener("input", refreshList);
   byId("show").addEventListener("input", refreshList);
-  new ResizeObserver(paintRows).observe(byId("scroller"));
+  new ResizeObserver(paintRows).observe(byId("grid"));
   refreshList();
 }

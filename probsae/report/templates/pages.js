@@ -33,7 +33,7 @@ function setTheme(name) {
   document.documentElement.dataset.theme = name;
   byId("theme").textContent = name === "dark" ? "Light" : "Dark";
   byId("theme").setAttribute("aria-label", `Switch to ${name === "dark" ? "light" : "dark"} colours`);
-  if (codes.view) drawCodes(example(list.selected), true);
+  if (codes.view && !isEmpty(example(list.selected))) drawCodes(example(list.selected), true);
   for (const page of drawn) if (!byId(`page-${page}`).hidden) drawPage(page);
 }
 
