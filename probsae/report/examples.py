@@ -106,10 +106,11 @@ def _histogram(entries: Entries) -> tuple[tuple[float, float], list[int], list[i
     """Count E z in equal bins from 0, or its most negative value, to its largest."""
     if not len(entries.mean):
         return (0.0, 0.0), [0] * N_BINS, [0] * N_BINS
-    edges = (min(0.0, float(entries.mean.min())), max(0.0, float(entries.mean.max())))
+    low, high = min(0.0, float(entries.mean.min())), max(0.0, float(entries.mean.max()))
+    place = (entries.mean - low) / max(high - low, np.finfo(np.float32).tiny) * N_BINS
+    bins = np.minimum(place.astype(int), N_BINS - 1)  # the largest belongs to the last
     is_likely = entries.p_active > 0.5
-    counts = [
-        np.histogram(entries.mean[which], bins=N_BINS, range=edges)[0].tolist()
-        for which in (is_likely, ~is_likely)
-    ]
-    return edges, counts[0], counts[1]
+    likely, unlikely = (
+        np.bincount(bins[which], minlength=N_BINS).tolist() for which in (is_likely, ~is_likely)
+    )
+    return (low, high), likely, unlikely

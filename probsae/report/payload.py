@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -71,7 +72,7 @@ def _numbers(values: np.ndarray | Sequence[float]) -> list:
 
 def finite(value: float) -> float | None:
     """Return the value, or None where it is not finite: JSON has neither NaN nor infinity."""
-    return value if np.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
 def _number(value: float) -> float | int | None:

@@ -1,5 +1,6 @@
-"""The page in Chromium, used as a person uses it: by keyboard, by mouse, light and dark, offline."""
+"""The page in Chromium, used as a person uses it: keyboard, mouse, light and dark, offline."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -37,11 +38,8 @@ def features(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, features):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    page = wicked_page()
-    return write_browser(
-        Page("Planted", {"store": "planted"}, features, page.report, page.reliability, page.history),
-        path,
-    ).as_uri()  # fmt: skip
+    page = dataclasses.replace(wicked_page(), title="Planted", features=features)
+    return write_browser(page, path).as_uri()
 
 
 @pytest.fixture

@@ -43,5 +43,5 @@ def wicked_page(n_tokens: int = 400, d_in: int = 12) -> Page:
         ),
         report=Report((Row(name, 8, 0.25, 0.5, 2.0, 7),), 1000, {name: name}),
         reliability={name: reliability(p, torch.rand(p.shape) < p)},
-        history={"step": [1, 2, 3], "elbo": [-3.0, -2.0, -1.5], "fvu": [0.9, 0.5, 0.4], "l0": [9.0, 5.0, 4.0]},
+        history={"step": [1, 2], "elbo": [-3.0, -2.0], "fvu": [0.9, 0.5], "l0": [9.0, 5.0]},
     )  # fmt: skip
