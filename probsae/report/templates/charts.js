@@ -54,7 +54,7 @@ function codesSpec(values) {
   return {
     data: { name: "bars", values }, mark: { type: "bar", opacity: 0.9 },
     encoding: {
-      x: quantity("x", "code E z", { bin: { binned: true }, scale: { zero: true, nice: false }, axis: { tickCount: 6, format: "~g", grid: false } }), x2: { field: "end" },
+      x: quantity("x", "code E z", { bin: { binned: true }, scale: { zero: true, nice: false }, axis: { tickCount: 6, format: "~r", grid: false } }), x2: { field: "end" },
       y: { ...count, title: "tokens" }, y2: floor,
       color: kinds(CODE_KINDS(), [c.accent, c.grey]),
       tooltip: [tip("n", "tokens", ","), tip("x", "from"), tip("end", "to"), { field: "kind" }],
@@ -118,7 +118,7 @@ function drawGates() {
   return draw(byId("chart-p"), `Histogram of p_active from ${FEATURES.kept} to 1 over ${sum(FEATURES.p_active)} codes`, {
     data: { values }, mark: "bar",
     encoding: {
-      x: quantity("x", "p_active", { bin: { binned: true }, scale: { domain: [0, 1] }, axis: { grid: false, tickCount: 10, format: "~g" } }), x2: { field: "end" },
+      x: quantity("x", "p_active", { bin: { binned: true }, scale: { domain: [0, 1] }, axis: { grid: false, tickCount: 10, format: "~r" } }), x2: { field: "end" },
       y: { ...count, title: "codes" }, y2: floor, tooltip: [tip("n", "codes", ","), tip("x", "from"), tip("end", "to")],
     },
   });
@@ -142,9 +142,9 @@ function drawReliability() {
   const methods = Object.keys(DATA.reliability);
   const values = Object.entries(DATA.reliability).flatMap(([kind, bins]) =>
     bins.predicted.map((x, i) => ({ kind, x, y: bins.observed[i], lower: bins.lower[i], upper: bins.upper[i], n: bins.count[i] })));
-  const x = quantity("x", "p_active, as stated", { scale: { domain: [0, 1] }, axis: { tickCount: 6, format: "~g" } });
+  const x = quantity("x", "p_active, as stated", { scale: { domain: [0, 1] }, axis: { tickCount: 6, format: "~r" } });
   const color = { ...kinds(methods, [c.accent, c.warm, "#8a63d2", "#c2477f", "#5a8f3c", c.muted]), legend: { orient: "right", symbolType: "circle" } };
-  const shown = (mark, y, more) => ({ mark, encoding: { x, y: quantity(y, "share that is truly active", { scale: { domain: [0, 1] }, axis: { tickCount: 6, format: "~g" } }), color, ...more } });
+  const shown = (mark, y, more) => ({ mark, encoding: { x, y: quantity(y, "share that is truly active", { scale: { domain: [0, 1] }, axis: { tickCount: 6, format: "~r" } }), color, ...more } });
   const tooltip = [{ field: "kind", title: "method" }, tip("x", "stated"), tip("y", "observed"), tip("n", "codes", ",")];
   return draw(byId("chart-reliability"), `Reliability diagram of ${methods.join(", ")}`, {
     data: { values },
