@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -115,7 +116,7 @@ def report_run(
         features=features,
         report=_report(run / "report.json"),
         reliability={
-            name: Reliability(**{key: torch.tensor(values) for key, values in bins.items()})
+            name: Reliability(**{key: torch.from_numpy(np.array(v)) for key, v in bins.items()})
             for name, bins in _read(run / RELIABILITY).items()
         },
         history=_read(run / "history.json"),

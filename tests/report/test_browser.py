@@ -317,16 +317,19 @@ def large(tmp_path_factory):
     return write_browser(Page("large", features=data), path)
 
 
-def test_4096_features_open_within_two_seconds(visit, large):
-    times = []
-    for _ in range(3):
-        tab = visit(large.as_uri())
-        times.append(tab.evaluate("() => performance.getEntriesByName('ready')[0].startTime"))
-        assert tab.get_attribute("#grid", "aria-rowcount") == "4097"
-        assert tab.locator("#rows .row").count() < 80
-        tab.close()
-    # The best of three: other work on the machine only ever adds.
-    assert min(times) < 2000, times
+def test_4096_features_open_within_two_seconds(browser, large):
+    # Processor time of the page's thread: what the page takes, whatever else the machine does.
+    tab = browser.new_page()
+    session = tab.context.new_cdp_session(tab)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    tab.goto(large.as_uri(), wait_until="load")
+    tab.wait_for_selector("#chart-codes svg")
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    seconds = {metric["name"]: metric["value"] for metric in metrics}
+    assert 0 < seconds["TaskDuration"] < 2
+    assert tab.get_attribute("#grid", "aria-rowcount") == "4097"
+    assert tab.locator("#rows .row").count() < 80
+    tab.close()
     assert large.stat().st_size < 8e6
 
 
