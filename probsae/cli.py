@@ -1,4 +1,4 @@
-"""`probsae`: compare | fit | evaluate | harvest."""
+"""`probsae`: compare | fit | evaluate | report | harvest."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from probsae.inference.callbacks import Checkpoint
 from probsae.inference.fit import NonFiniteElboError
 from probsae.inference.fit import fit as run_fit
 from probsae.models.files import load, save
+from probsae.report.run_folder import DATA, describe_store, report_run
 from probsae.synthetic import SyntheticActivations
 
 ModelName = Literal[
@@ -141,6 +142,7 @@ def fit(
         resume=out / "checkpoint" if resume else None,
     )
     save(dictionary, out / "model")
+    (out / DATA).write_text(describe_store(store, held_out))
     (out / "history.json").write_text(json.dumps(result.history))
     last = {name: values[-1] for name, values in result.history.items()}
     print(f"step {last['step']}: elbo {last['elbo']:.2f}, fvu {last['fvu']:.4f}", end="")
@@ -174,6 +176,27 @@ def evaluate(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(report.to_json() if out.suffix == ".json" else report.to_markdown() + "\n")
+
+
+def report(
+    run: Annotated[Path, tyro.conf.Positional],
+    store: Path | None = None,
+    tokenizer: str | None = None,
+    n_tokens: int = 16_384,
+    out: Path | None = None,
+) -> None:
+    """Write a page to browse a run's features in: one file, no server, no network.
+
+    Args:
+        run: Folder that `probsae fit` or `probsae compare` wrote.
+        store: Activations to show features on; by default those of the fit, the held-out end.
+        tokenizer: Model whose tokenizer reads the store's tokens; "none" shows their ids. By
+            default the model that was harvested.
+        n_tokens: Tokens to look at, at most.
+        out: The page; by default report.html in the run folder.
+    """
+    page = report_run(run, store=store, tokenizer=tokenizer, n_tokens=n_tokens, out=out)
+    print(f"written: {page}")
 
 
 def harvest(
@@ -231,7 +254,8 @@ def harvest(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what a user can put right ends in one line and exit code 2."""
-    commands = {"compare": compare, "fit": fit, "evaluate": evaluate, "harvest": harvest}
+    commands = {"compare": compare, "fit": fit, "evaluate": evaluate}
+    commands |= {"report": report, "harvest": harvest}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="probsae", args=arguments)
     except (*_USER_ERRORS, NonFiniteElboError) as error:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from probsae import Report
+from probsae import Report, SyntheticActivations
 from probsae.activations import ActivationStore, StoreWriter
 from probsae.cli import main
 
@@ -29,7 +29,8 @@ def test_compare_writes_report_posterior_and_plots(tmp_path, capsys):
     )  # fmt: skip
     names = {path.name for path in (tmp_path / "run").iterdir()}
     plots = {"recovery.png", "reliability.png", "losses.png", "tsne.png"}
-    assert names == plots | {"report.md", "report.json", "posterior.nc"}
+    texts = {"report.md", "report.json", "posterior.nc"}
+    assert names == plots | texts | {"model", "data.json", "reliability.json"}
     report = Report.from_json((tmp_path / "run" / "report.json").read_text())
     methods = ["SpikeSlab", "Laplace", "ReLU", "TopK", "KMeans", "PCA", "ICA"]
     assert [row.method for row in report.rows] == methods
@@ -37,6 +38,11 @@ def test_compare_writes_report_posterior_and_plots(tmp_path, capsys):
     assert "7 dictionaries on" in capsys.readouterr().out
     text = (tmp_path / "run" / "report.md").read_text()
     assert all(name in text for name in plots)
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert data["method"] == "SpikeSlab"
+    assert SyntheticActivations(**data["synthetic"]).correlation == "copula"
+    run("report", tmp_path / "run", "--n-tokens", 300)
+    assert "7 dictionaries on" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_fit_then_evaluate(tmp_path, store, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,30 +96,68 @@ def load_language_model(
     MemoryError
         If the weights do not fit into memory, by an estimate made first.
     """
+    transformers = _transformers()
+    source, options = _location(Path(name))
+    _check_weights_fit(Path(name), dtype)
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(name)
+    with _readable(name):
+        network: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, **options
+        )
+    network.requires_grad_(False)
+    return LanguageModel(
+        str(name), network.to(device).eval(), tokenizer, bos_token_id=tokenizer.bos_token_id
+    )
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Load a model's tokenizer alone.
+
+    Parameters
+    ----------
+    name : str or Path
+        As for `load_language_model`.
+
+    Returns
+    -------
+    object
+        Hugging Face tokenizer.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If transformers is not installed.
+    FileNotFoundError
+        If `name` is neither a file nor a folder, and the hub does not have it or is out of reach.
+    """
+    transformers = _transformers()
+    source, options = _location(Path(name))
+    with _readable(name):
+        return transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def _transformers() -> Any:
     try:
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "language models need transformers: pip install 'probsae[lm]'"
         ) from error
-    source, options = _location(Path(name))
-    _check_weights_fit(Path(name), dtype)
-    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+@contextmanager
+def _readable(name: str | Path) -> Iterator[None]:
+    """Say what to do where transformers can neither read nor fetch a model."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        network: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, **options
-        )
+        yield
     except OSError as error:
         raise FileNotFoundError(
             f"{str(name)!r} is not a readable model folder or .gguf file here, and could not be "
             f"fetched from the Hugging Face hub ({str(error).splitlines()[0]}); offline, pass a "
             "local folder or file"
         ) from error
-    network.requires_grad_(False)
-    return LanguageModel(
-        str(name), network.to(device).eval(), tokenizer, bos_token_id=tokenizer.bos_token_id
-    )
 
 
 def _location(path: Path) -> tuple[str, dict[str, str]]:

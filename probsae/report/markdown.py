@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from probsae.compare import Comparison
 from probsae.evaluate import FOUND_COSINE, Dictionary, posterior_batches
-from probsae.metrics import recovery
+from probsae.metrics import calibration, recovery
 from probsae.models.base import SparseDictionary
-from probsae.models.files import atomic_write
+from probsae.models.files import atomic_write, save
 from probsae.posterior import to_arviz
-from probsae.report import plots
+from probsae.report import plots, run_folder
 from probsae.synthetic import SyntheticActivations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Predictions: TypeAlias = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 # Tokens of the reliability diagram, of the t-SNE (the study's) and of the arviz file.
 _N_RELIABILITY, _N_TSNE, _N_POSTERIOR = 16_384, 2_048, 8
@@ -43,29 +45,45 @@ def write_comparison(
     folder = Path(folder)
     with atomic_write(folder) as partial:
         (partial / "report.json").write_text(comparison.report.to_json())
-        for name, figure in _figures(comparison, data).items():
+        predictions = _predictions(comparison.dictionaries, data)
+        for name, figure in _figures(comparison, data, predictions).items():
             figure.savefig(partial / f"{name}.png", dpi=120)
+        _write_browsable(comparison.dictionaries, predictions, data, partial)
         _write_posterior(comparison.dictionaries, data, partial / "posterior.nc")
         (partial / "report.md").write_text(_text(comparison, data))
     return folder / "report.md"
 
 
-def _figures(comparison: Comparison, data: SyntheticActivations) -> dict[str, Figure]:
+def _figures(
+    comparison: Comparison, data: SyntheticActivations, predictions: Predictions
+) -> dict[str, Figure]:
     directions = {name: d.dictionary().cpu() for name, d in comparison.dictionaries.items()}
     x, z = data.sample(_N_TSNE, seed=0)
     return {
         "recovery": plots.recovery_by_rate(
             directions, data.features.cpu(), data.firing_probability.cpu()
         ),
-        "reliability": plots.reliability_diagram(_predictions(comparison.dictionaries, data)),
+        "reliability": plots.reliability_diagram(predictions),
         "losses": plots.loss_curves(comparison.histories),
         "tsne": plots.tsne(x.cpu(), z.cpu()),
     }
 
 
-def _predictions(
-    dictionaries: dict[str, Dictionary], data: SyntheticActivations
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _write_browsable(
+    dictionaries: dict[str, Dictionary],
+    predictions: Predictions,
+    data: SyntheticActivations,
+    folder: Path,
+) -> None:
+    """Write what `probsae report` makes a page of: the first probabilistic model's features."""
+    bins = {name: calibration.reliability(*pair) for name, pair in predictions.items()}
+    (folder / run_folder.RELIABILITY).write_text(run_folder.describe_reliability(bins))
+    for name, model in list(_probabilistic(dictionaries).items())[:1]:
+        save(model, folder / "model")
+        (folder / run_folder.DATA).write_text(run_folder.describe_synthetic(data, name))
+
+
+def _predictions(dictionaries: dict[str, Dictionary], data: SyntheticActivations) -> Predictions:
     """Probabilities and events of each probabilistic model's found features."""
     x, z = data.to("cpu").sample(_N_RELIABILITY, seed=2)
     predictions = {}
@@ -120,5 +138,6 @@ such figure.
 {figures}
 
 `posterior.nc` holds the codes' posterior of {_N_POSTERIOR} tokens:
-`arviz.from_netcdf("posterior.nc")`.
+`arviz.from_netcdf("posterior.nc")`. `probsae report` on this folder writes a browser of the
+features in model/.
 """

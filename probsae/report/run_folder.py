@@ -1,0 +1,212 @@
+"""From a run folder to its page: what `probsae fit` and `probsae compare` leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from probsae.activations.store import ActivationStore
+from probsae.evaluate import Report
+from probsae.metrics.calibration import Reliability
+from probsae.models.base import SparseDictionary
+from probsae.models.files import load
+from probsae.report.features import DirectionUncertainty, FeatureData, LogitEffects, gather_features
+from probsae.report.html import Page, load_template, write_browser
+from probsae.report.token_text import Decode, token_text
+from probsae.synthetic import SyntheticActivations
+
+DATA, RELIABILITY = "data.json", "reliability.json"
+_STABILITY = "stability.safetensors"
+# Of fresh synthetic tokens: none that a fit or its evaluation has seen.
+_SEED = 4
+# Instead of a tokenizer's name: show token ids.
+NO_TOKENIZER = "none"
+
+
+def describe_store(store: str | Path, held_out: float) -> str:
+    """Return the content of data.json: which activations a dictionary was fitted to."""
+    return json.dumps({"store": str(Path(store).resolve()), "held_out": held_out}, indent=2)
+
+
+def describe_synthetic(data: SyntheticActivations, method: str) -> str:
+    """Return the content of data.json for the dictionary that `method` fitted to `data`."""
+    names = ("d_in", "n_features", "n_active", "decay", "correlation", "magnitudes", "noise_scale")
+    arguments = {name: getattr(data, name) for name in (*names, "seed")}
+    return json.dumps({"synthetic": arguments, "method": method}, indent=2)
+
+
+def describe_reliability(bins: dict[str, Reliability]) -> str:
+    """Return the content of reliability.json: diagrams by method."""
+    lists = {n: {k: v.tolist() for k, v in b._asdict().items()} for n, b in bins.items()}
+    return json.dumps(lists, indent=2)
+
+
+def report_run(
+    run: str | Path,
+    *,
+    store: str | Path | None = None,
+    tokenizer: str | None = None,
+    n_tokens: int = 16_384,
+    level: float = 0.9,
+    posterior: DirectionUncertainty | None = None,
+    logit_effects: LogitEffects | None = None,
+    out: str | Path | None = None,
+) -> Path:
+    """Write the feature browser of a run folder.
+
+    Parameters
+    ----------
+    run : str or Path
+        Folder that `probsae fit` or `probsae compare` wrote. Read from it are model/, data.json,
+        and, where they are there, history.json, report.json, reliability.json and
+        stability.safetensors (a tensor `stability` of shape (d_sae,)).
+    store : str or Path, optional
+        Activations to show features on; by default those of the fit. Their held-out end is used.
+    tokenizer : str, optional
+        Language model whose tokenizer reads the store's tokens, by default the store's own;
+        "none" shows token ids.
+    n_tokens : int, default 16,384
+        Tokens to look at, from the beginning of the held-out text.
+    level : float, default 0.9
+        Of the rates' intervals.
+    posterior, logit_effects
+        See `gather_features`.
+    out : str or Path, optional
+        The page, by default report.html in the run folder.
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder has neither dictionary nor comparison, or store or tokenizer are missing.
+    ValueError
+        If a file is damaged, or the store does not fit the dictionary.
+    """
+    run = Path(run)
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+    load_template()  # jinja2 and Vega: fail before the work, not after it
+    facts: dict[str, str] = {}
+    features = None
+    if (run / "model").exists():
+        model = load(run / "model")
+        features = _features(
+            run, model, store, tokenizer, n_tokens, facts,
+            level=level, posterior=posterior, logit_effects=logit_effects,
+        )  # fmt: skip
+    elif not (run / "report.json").exists():
+        raise FileNotFoundError(
+            f"{run} holds neither a dictionary (model/) nor a comparison (report.json); pass a "
+            "folder that `probsae fit` or `probsae compare` wrote"
+        )
+    page = Page(
+        title=facts.pop("title", run.resolve().name),
+        facts=facts,
+        features=features,
+        report=_report(run / "report.json"),
+        reliability={
+            name: Reliability(**{key: torch.from_numpy(np.array(v)) for key, v in bins.items()})
+            for name, bins in _read(run / RELIABILITY).items()
+        },
+        history=_read(run / "history.json"),
+    )
+    return write_browser(page, out or run / "report.html")
+
+
+def _features(
+    run: Path,
+    model: SparseDictionary,
+    store: str | Path | None,
+    tokenizer: str | None,
+    n_tokens: int,
+    facts: dict[str, str],
+    **options: Any,
+) -> FeatureData:
+    """Gather the features, and add to `facts` what they were looked at on."""
+    data = _read(run / DATA)
+    stability = _stability(run / _STABILITY, model.d_sae)
+    facts["dictionary"] = data.get("method", type(model).__name__)
+    facts["size"] = f"{model.d_sae:,} features in {model.d_in:,} dimensions"
+    if store is None and "synthetic" in data:
+        facts["activations"] = ", ".join(f"{k} {v}" for k, v in data["synthetic"].items())
+        x, _ = SyntheticActivations(**_arguments(data["synthetic"])).sample(n_tokens, seed=_SEED)
+        facts["tokens"] = f"{n_tokens:,}, fresh"
+        return gather_features(model, x, stability=stability, **options)
+    if store is None and "store" not in data:
+        raise FileNotFoundError(f"{run} does not say what it was fitted to; pass --store")
+    source = ActivationStore(store or data["store"])
+    if source.d_in != model.d_in:
+        raise ValueError(
+            f"the store must have the dictionary's d_in={model.d_in}, got {source.d_in}: {source}"
+        )
+    _, rest = source.split(data.get("held_out", 0.1))
+    n_tokens = min(n_tokens, rest.n_tokens)
+    facts |= {"language model": Path(source.index["model"]).name, "hook": source.index["hook"]}
+    facts |= {"store": str(source.path), "tokens": f"{n_tokens:,}, held out"}
+    facts["title"] = " ".join(filter(None, [facts["language model"], facts["hook"]])) or run.name
+    text = token_text(rest, n_tokens, _decode(source, tokenizer))
+    x = rest.gather(torch.arange(n_tokens))
+    return gather_features(model, x, text=text, stability=stability, **options)
+
+
+def _decode(store: ActivationStore, tokenizer: str | None) -> Decode | None:
+    """Return what turns the store's token ids into text."""
+    name = tokenizer or store.index["model"]
+    if name in ("", NO_TOKENIZER):
+        return None
+    from probsae.activations.language_model import load_tokenizer
+
+    try:
+        found = load_tokenizer(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; pass --tokenizer MODEL, or --tokenizer none to show token ids"
+        ) from error
+    return lambda ids: [found.decode([i]) for i in ids]
+
+
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """Undo JSON, which has no tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _stability(path: Path, d_sae: int) -> Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        stability = load_file(path)["stability"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} must hold a tensor 'stability': {error!r}") from error
+    if stability.shape != (d_sae,):
+        raise ValueError(f"{path} must hold shape ({d_sae},), got {tuple(stability.shape)}")
+    return stability
+
+
+def _report(path: Path) -> Report | None:
+    if not path.exists():
+        return None
+    try:
+        return Report.from_json(path.read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no readable comparison: {error!r}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not readable: {error}") from error

@@ -1,0 +1,158 @@
+"""`probsae report` on what the other commands leave behind."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import probsae as ps
+from probsae.activations import ActivationStore, StoreWriter
+from probsae.cli import main
+from probsae.metrics.calibration import reliability
+from probsae.models.files import load
+from probsae.report import report_run
+from probsae.report.run_folder import describe_reliability, describe_synthetic
+
+FIT = ["--d-sae", 12, "--n-steps", 4, "--batch-size", 64]
+
+
+def run(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def data_of(page):
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    return json.loads(text[1])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fit") / "store"
+    writer = StoreWriter(path, 8, dtype="float32", shard_tokens=512)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(2000) % 11
+    writer.append(
+        torch.randn(2000, 8, generator=generator), tokens=ids, documents=ids * 0,
+        positions=torch.arange(2000) % 20,
+    )  # fmt: skip
+    writer.finish()
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(store):
+    run("fit", store, "--out", store.parent / "run", *FIT)
+    return store.parent / "run"
+
+
+def test_fit_then_report(fitted, capsys):
+    run("report", fitted)
+    assert capsys.readouterr().out == f"written: {fitted / 'report.html'}\n"
+    data = data_of(fitted / "report.html")
+    assert data["features"]["n_tokens"] == 200  # the held-out end
+    assert data["features"]["text"]["strings"] == [f"#{i}" for i in range(11)]
+    assert data["history"]["step"][-1] == 4
+    rates = data["features"]["columns"]["rate"]
+    x = ActivationStore(fitted.parent / "store").split(0.1)[1].gather(torch.arange(200))
+    expected = load(fitted / "model").encode(x).p_active.double().mean(0)
+    torch.testing.assert_close(torch.tensor(rates).double(), expected, rtol=6e-3, atol=0)
+
+
+def test_report_of_another_store_and_fewer_tokens(fitted, store, tmp_path):
+    page = report_run(fitted, store=store, n_tokens=50, out=tmp_path / "pages" / "p.html")
+    assert data_of(page)["features"]["n_tokens"] == 50
+
+
+def test_stability_is_read_where_it_is(fitted, tmp_path):
+    save_file({"stability": torch.linspace(0, 1, 12)}, fitted / "stability.safetensors")
+    page = report_run(fitted, out=tmp_path / "p.html")
+    assert data_of(page)["features"]["columns"]["stability"][11] == 1
+    save_file({"stability": torch.ones(5)}, fitted / "stability.safetensors")
+    with pytest.raises(ValueError, match=r"shape \(12,\), got \(5,\)"):
+        report_run(fitted, out=tmp_path / "q.html")
+    (fitted / "stability.safetensors").write_bytes(b"no tensor")
+    with pytest.raises(ValueError, match="must hold a tensor 'stability'"):
+        report_run(fitted, out=tmp_path / "q.html")
+    (fitted / "stability.safetensors").unlink()
+    assert not (tmp_path / "q.html").exists()
+
+
+def test_a_synthetic_run_is_drawn_again(tmp_path):
+    source = ps.SyntheticActivations(
+        d_in=6, n_features=9, n_active=2, magnitudes=(1.0, 0.2), seed=3
+    )
+    ps.save(ps.TopKSAE(d_in=6, d_sae=12, k=2), tmp_path / "model")
+    (tmp_path / "data.json").write_text(describe_synthetic(source, "TopK"))
+    p = torch.rand(400, 1)
+    bins = reliability(p, torch.rand(400, 1) < p)
+    (tmp_path / "reliability.json").write_text(describe_reliability({"TopK": bins}))
+    data = data_of(report_run(tmp_path, n_tokens=300))
+    assert data["features"]["text"] is None
+    for name, values in bins._asdict().items():
+        assert data["reliability"]["TopK"][name] == values.tolist()
+    x, _ = source.sample(300, seed=4)
+    post = load(tmp_path / "model").encode(x)
+    columns = data["features"]["columns"]
+    for name, expected in (("largest", post.mean.amax(0)), ("rate", post.p_active.mean(0))):
+        torch.testing.assert_close(torch.tensor(columns[name]), expected, rtol=6e-3, atol=1e-6)
+
+
+def test_a_comparison_alone_is_a_page(tmp_path):
+    report = ps.Report(
+        (ps.evaluate([ps.TopKSAE(d_in=4, d_sae=8, k=2)], torch.randn(50, 4))).rows, 50
+    )
+    (tmp_path / "report.json").write_text(report.to_json())
+    assert "1 dictionary on 50 held-out tokens" in report_run(tmp_path).read_text()
+
+
+def test_report_reads_smollm2s_tokens(tmp_path, smollm2, corpus):
+    book = corpus[0].read_text()[:2000]
+    ids = torch.tensor(smollm2.tokenize([book])[0])
+    writer = StoreWriter(tmp_path / "store", 4, model=smollm2.name)
+    order = torch.arange(len(ids))
+    writer.append(torch.randn(len(ids), 4), tokens=ids, documents=order * 0, positions=order)
+    writer.finish()
+    ps.save(ps.TopKSAE(d_in=4, d_sae=8, k=2), tmp_path / "model")
+    text = data_of(report_run(tmp_path, store=tmp_path / "store"))["features"]["text"]
+    # The held-out tenth is one context: the end of the piece, to the letter.
+    assert text["starts"] == [0]
+    assert book.endswith("".join(text["strings"][i] for i in text["index"]))
+    assert len(text["index"]) == len(ids) - round(0.9 * len(ids))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{nowhere}"], "holds neither a dictionary"),
+        (["{run}", "--store", "{nowhere}"], "no activation store"),
+        (["{run}", "--store", "{narrow}"], "must have the dictionary's d_in=8, got 3"),
+        (["{run}", "--tokenizer", "{nowhere}/no.gguf"], "--tokenizer none"),
+        (["{run}", "--n-tokens", "0"], "n_tokens must be"),
+        (["{silent}"], "pass --store"),
+        (["{garbled}"], "data.json is not readable"),
+        (["{badreport}"], "no readable comparison"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, fitted, capsys, arguments, message):
+    narrow = StoreWriter(tmp_path / "narrow", 3)
+    narrow.append(torch.randn(20, 3))
+    narrow.finish()
+    model = load(fitted / "model")
+    for name, data in (("silent", None), ("garbled", "{"), ("badreport", None)):
+        if name != "badreport":
+            ps.save(model, tmp_path / name / "model")
+        (tmp_path / name).mkdir(exist_ok=True)
+        if data:
+            (tmp_path / name / "data.json").write_text(data)
+    (tmp_path / "badreport" / "report.json").write_text('{"rows": 3}')
+    places = {path.name: path for path in tmp_path.iterdir()}
+    places |= {"run": fitted, "nowhere": tmp_path / "nowhere"}
+    with pytest.raises(SystemExit) as stop:
+        run("report", *(a.format(**places) for a in arguments), "--out", tmp_path / "out.html")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out.html").exists()
