@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from torch import Tensor
 
 import probsae as ps
-from experiments.calibration.row_posterior import row_posterior
 from probsae import metrics
 from probsae.metrics.recovery import Match
 
 FOUND_COSINE = 0.9
+# A feature below it fires on less than one token in ten thousand: a surplus one.
+RATE_OF_LIFE = 1e-4
+# Repeated, to see whether surplus features stay switched off.
+N_PASSES = 3
 # In units of the noise scale of the conditions that have noise.
 EDGES = (0.05, 0.1, 0.2, 0.4)
 
@@ -43,10 +47,7 @@ def measure(
     for name in posteriors:
         few = ps.refine(model, x[:n_importance]) if name == "refined" else None
         result[name] |= _importance(model, x[:n_importance], few, seed)
-    polish_x = data.sample(n_polish, seed=seed + 1)[0]
-    is_alive = metrics.alive_features(posteriors["refined"].p_active)
-    rate = posteriors["refined"].p_active.mean(0)
-    result["directions"] = _directions(model, data, polish_x, is_alive, rate)
+    result["polished"] = _polished(copy.deepcopy(model), data, n_polish, seed)
     return finite(result)
 
 
@@ -100,28 +101,44 @@ def _importance(
     }
 
 
-def _directions(
-    model: ps.SpikeSlabDictionary,
-    data: ps.SyntheticActivations,
-    x: Tensor,
-    is_alive: Tensor,
-    rate: Tensor,
-) -> dict[str, Any]:
-    rows, variance = row_posterior(model, x)
-    rows, variance, rate = rows[is_alive], variance[is_alive], rate[is_alive]
-    if len(rows) == 0:
+def _polished(
+    model: ps.SpikeSlabDictionary, data: ps.SyntheticActivations, n_tokens: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return what each closed-form pass makes of the dictionary, and how true its posterior is."""
+    passes = []
+    for number in range(1, N_PASSES + 1):
+        posterior = ps.polish(model, data, n_tokens=n_tokens, seed=seed + number, progress=False)
+        row = ps.evaluate([model], data, seed=seed).rows[0]
+        cosines = metrics.max_cosines(model.dictionary(), data.features)
+        result = {
+            "mmcs": float(cosines.mean()),
+            "mmcs_rarest_quartile": float(cosines[-(len(cosines) // 4) :].mean()),
+            "f1": row.f1,
+            "alive": row.alive,
+            "held_out_elbo": [list(pair) for pair in posterior.held_out_elbo],
+        }
+        passes.append(result | _directions(posterior, data.features.double()))
+    return passes
+
+
+def _directions(posterior: ps.DictionaryPosterior, features: Tensor) -> dict[str, Any]:
+    is_alive = posterior.rate.mean > RATE_OF_LIFE
+    if not bool(is_alive.any()):
         return {}
-    calibration = metrics.direction_calibration(rows, data.features.double(), variance)
-    bad = metrics.bad_feature_auroc(rows, data.features.double(), variance, rate.double())
+    directions, variance = posterior.mean[is_alive], posterior.direction_variance[is_alive]
+    calibration = metrics.direction_calibration(directions, features, variance)
+    bad = metrics.bad_feature_auroc(directions, features, variance, posterior.rate.mean[is_alive])
+    is_true = metrics.max_cosines(features, posterior.mean) > FOUND_COSINE
+    is_real = posterior.p_real > 0.5
     return {
-        "n_alive": len(rows),
         "median_predicted_over_actual": calibration.median_ratio,
         "spearman": calibration.spearman,
         "coverage_90": calibration.coverage,
         "share_kept": calibration.share_kept,
         "auroc_bad": bad.auroc,
         "auroc_bad_by_minus_rate": bad.baseline,
-        "share_bad": bad.share_bad,
+        "n_taken_for_real": int(is_real.sum()),
+        "n_wrongly": int((is_real & ~is_true).sum()),
     }
 
 

@@ -152,9 +152,18 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "k-hat > .7, refined": ("refined", "share_k_hat_above"),
     "IWAE - ELBO, refined": ("refined", "iwae_minus_elbo"),
     "chi-square / d_in, refined": ("refined", "chi_square_over_d_in"),
-    "predicted / actual 1 - cos": ("directions", "median_predicted_over_actual"),
-    "Spearman": ("directions", "spearman"),
-    "90% of 1 - cos": ("directions", "coverage_90"),
+    "MMCS, fitted": ("mmcs",),
+    "MMCS, one pass": ("polished", "0", "mmcs"),
+    "MMCS, three passes": ("polished", "2", "mmcs"),
+    "rarest quartile, three passes": ("polished", "2", "mmcs_rarest_quartile"),
+    "F1, three passes": ("polished", "2", "f1"),
+    "alive, one pass": ("polished", "0", "alive"),
+    "alive, three passes": ("polished", "2", "alive"),
+    "predicted / actual 1 - cos": ("polished", "0", "median_predicted_over_actual"),
+    "Spearman": ("polished", "0", "spearman"),
+    "90% of 1 - cos": ("polished", "0", "coverage_90"),
+    "taken for real": ("polished", "0", "n_taken_for_real"),
+    "wrongly": ("polished", "0", "n_wrongly"),
 }
 
 
@@ -173,7 +182,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def _at(value: Any, path: tuple[str, ...]) -> float | None:
     for key in path:
-        value = value[int(key)] if isinstance(value, list) else (value or {}).get(key)
+        if isinstance(value, list):
+            value = value[int(key)] if int(key) < len(value) else None
+        else:
+            value = (value or {}).get(key)
     return value
 
 

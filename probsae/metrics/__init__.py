@@ -22,7 +22,6 @@ from probsae.metrics.directions import (
     DirectionCalibration,
     bad_feature_auroc,
     direction_calibration,
-    expected_misalignment,
 )
 from probsae.metrics.importance import (
     ImportanceDiagnostics,
@@ -103,7 +102,6 @@ __all__ = [
     "density_histogram",
     "direction_calibration",
     "direction_rhat",
-    "expected_misalignment",
     "firing_rates",
     "fvu",
     "importance_diagnostics",

@@ -14,30 +14,6 @@ from probsae.metrics.ranking import DoubtScore, score_doubt
 from probsae.metrics.recovery import match_features, max_cosines
 
 
-def expected_misalignment(
-    direction_variance: Float[Tensor, " feature"], d_in: int
-) -> Float[Tensor, " feature"]:
-    """Return E(1 - cos) = (d_in - 1) v / 2 between a true direction and its posterior mean.
-
-    To first order in v: an error e ~ N(0, v I) of a unit vector turns it by its d_in - 1
-    components across, and 1 - cos is half their squared length.
-
-    Parameters
-    ----------
-    direction_variance : Tensor, shape (feature,)
-        v, the posterior variance of each coordinate of the unit direction: for a row with mean M
-        and covariance C I, C / |M|^2.
-    d_in : int
-        Width of the activations.
-
-    Examples
-    --------
-    >>> expected_misalignment(torch.tensor([0.01]), d_in=21)
-    tensor([0.1000])
-    """
-    return 0.5 * (d_in - 1) * direction_variance
-
-
 class DirectionCalibration(NamedTuple):
     """Predicted beside actual 1 - cosine of the features that were found."""
 
@@ -67,8 +43,9 @@ def direction_calibration(
 ) -> DirectionCalibration:
     """Compare the uncertainty of directions with their distance from the true ones.
 
-    Under the posterior 2 (1 - cos) / v is chi-square with d_in - 1 degrees of freedom, to first
-    order in v: that gives the interval.
+    To first order a normal error turns a direction by its d_in - 1 components across, and 1 - cos
+    is half their squared length: a chi-square with d_in - 1 degrees of freedom, scaled to the
+    predicted mean. That gives the interval.
 
     Parameters
     ----------
@@ -77,7 +54,7 @@ def direction_calibration(
     features : Tensor, shape (feature, d_in)
         True directions, of any norm.
     direction_variance : Tensor, shape (d_sae,)
-        See `expected_misalignment`.
+        Expected 1 - cosine with the true direction, `DictionaryPosterior.direction_variance`.
     threshold : float, default 0.9
         Pairs of the Hungarian matching with a lower cosine are left out: posteriors describe the
         surroundings of one optimum, not whether it is the right one. `share_kept` says how many
@@ -95,15 +72,14 @@ def direction_calibration(
         raise ValueError(f"level must be strictly between 0 and 1, got {level}")
     match = match_features(directions, features).above(threshold)
     columns = match.learned.to(directions.device)
-    variance = direction_variance.double()[columns].cpu()
+    predicted = direction_variance.double()[columns].cpu()
     learned = normalize(directions.double()[columns].cpu(), dim=-1)
     true = normalize(features.double().cpu()[match.true], dim=-1)
     # Half the squared distance of unit vectors: 1 - cos without its cancellation.
     actual = 0.5 * (learned - true).square().sum(-1)
-    d_in = directions.shape[1]
-    predicted = expected_misalignment(variance, d_in)
-    lower, upper = (float(chi2.ppf(t, d_in - 1)) for t in ((1 - level) / 2, (1 + level) / 2))
-    turned = 2 * actual / variance
+    n_across = directions.shape[1] - 1
+    lower, upper = (float(chi2.ppf(t, n_across)) for t in ((1 - level) / 2, (1 + level) / 2))
+    turned = n_across * actual / predicted
     return DirectionCalibration(
         predicted=predicted,
         actual=actual,

@@ -1,4 +1,4 @@
-"""A tiny version of the calibration experiment, and its closed form on its own."""
+"""A tiny version of the calibration experiment."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import json
 import math
 
 import pytest
-import torch
 import tyro
 
-import probsae as ps
 from experiments.calibration.measure import finite
-from experiments.calibration.row_posterior import row_posterior
 from experiments.calibration.run import SIZES, activations, main, table
-from probsae.metrics import direction_calibration
 
 
 def test_two_conditions_end_to_end_and_again(tmp_path, monkeypatch, capsys):
@@ -37,7 +33,11 @@ def test_two_conditions_end_to_end_and_again(tmp_path, monkeypatch, capsys):
         assert 0 <= figures["share_k_hat_above"] <= 1
         assert figures["iwae_minus_elbo"] > 0
     assert result["refined"]["elbo"] > result["encoder"]["elbo"]
-    assert result["directions"]["median_predicted_over_actual"] > 0
+    assert len(result["polished"]) == 3
+    for after in result["polished"]:
+        assert after["median_predicted_over_actual"] > 0
+        assert after["held_out_elbo"][1][0] >= after["held_out_elbo"][0][0]
+        assert after["n_wrongly"] <= after["n_taken_for_real"]
     before = [file.stat().st_mtime_ns for file in files]
     capsys.readouterr()
     tyro.cli(main, args=command)  # everything is there: nothing is fitted again
@@ -54,34 +54,10 @@ def test_conditions_differ_as_they_say():
     assert plain.noise_scale == 0.05
 
 
-def test_row_posterior_is_linear_regression_where_codes_are_known():
-    """Far apart and almost without noise the codes are known: Lambda is Z^T Z / noise^2 + I."""
-    torch.manual_seed(0)
-    data = ps.SyntheticActivations(8, 4, 1, decay=1.0, magnitudes=(1.0, 0.2), seed=0)
-    model = ps.SpikeSlabDictionary(8, 4, noise_scale=0.05)
-    basis = torch.eye(8)[:4]
-    with torch.no_grad():
-        model.W_dec.copy_(basis)
-        model.W_enc.copy_(basis.T)
-        model.code_prior.slab_mean.fill_(1.0)
-        model.code_prior.log_slab_scale.fill_(math.log(0.2))
-    z = data.sample(500)[1]
-    x = z @ basis + 0.05 * torch.randn(500, 8)
-    rows, variance = row_posterior(model, x, n_chunk=128)
-    precision = z.double().T @ z.double() / 0.05**2 + torch.eye(4, dtype=torch.float64)
-    expected = torch.linalg.inv(precision)
-    torch.testing.assert_close(rows, expected @ z.double().T @ x.double() / 0.05**2,
-                               atol=0.01, rtol=0)  # fmt: skip
-    torch.testing.assert_close(variance, expected.diagonal(), rtol=0.05, atol=0)
-    # Four rows with 7 dimensions across each: predicted is actual within a factor of two.
-    result = direction_calibration(rows, basis.double(), variance)
-    assert 0.5 < result.median_ratio < 2
-
-
 def test_table_takes_what_is_missing():
     rows = [
         {"job": {"condition": "copula"}, "share_found": 0.5, "encoder": {}, "refined": {}},
-        {"job": {"condition": "copula"}, "share_found": 0.7, "directions": {"spearman": None}},
+        {"job": {"condition": "copula"}, "share_found": 0.7, "polished": [{"spearman": None}]},
     ]
     lines = table(rows).splitlines()
     assert lines[2] == "| share found | 0.600 ± 0.141 |"

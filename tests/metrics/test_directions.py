@@ -15,7 +15,6 @@ from probsae.metrics import (
     auroc,
     bad_feature_auroc,
     direction_calibration,
-    expected_misalignment,
     score_doubt,
 )
 from tests.conftest import FALSE_ALARM_RATE
@@ -24,12 +23,13 @@ D_IN, N = 64, 400
 
 
 def posterior_problem(factor: float = 1.0):
-    """True directions drawn from the posterior N(row, v I), and `factor` v stated for v."""
+    """True directions drawn from N(row, v I), and `factor` times E(1 - cos) stated."""
     generator = torch.Generator().manual_seed(0)
     directions = normalize(torch.randn(N, D_IN, generator=generator).double(), dim=-1)
     variance = 10 ** (-6 + 2 * torch.rand(N, generator=generator).double())
     noise = torch.randn(N, D_IN, generator=generator).double()
-    return directions, directions + variance.sqrt()[:, None] * noise, factor * variance
+    features = directions + variance.sqrt()[:, None] * noise
+    return directions, features, factor * 0.5 * (D_IN - 1) * variance
 
 
 def test_by_hand():
@@ -40,7 +40,7 @@ def test_by_hand():
     )  # the second lies near e1 as well: it is matched to e2 at cosine 0
     variance = torch.tensor([0.01, 0.5])
     result = direction_calibration(directions, features, variance)
-    # (3 - 1)/2 * .01 stated; 1 - cos .1 there; v chi-square(2) from .1026 to 5.99 at 90%.
+    # .01 stated; 1 - cos .1 there; half of it times chi-square(2), from .1026 to 5.99 at 90%.
     assert result.predicted.tolist() == pytest.approx([0.01])
     assert result.actual.tolist() == pytest.approx([1 - math.cos(0.1)], rel=1e-4)
     assert result.median_ratio == pytest.approx(0.01 / (1 - math.cos(0.1)), rel=1e-4)
@@ -48,8 +48,7 @@ def test_by_hand():
     assert result.coverage == 1
     assert math.isnan(result.spearman)
     narrow = direction_calibration(directions, features, torch.tensor([0.001, 0.5]))
-    assert narrow.coverage == 0  # 1 - cos = .005 is 10 of the stated variance, 5.99 the limit
-    assert expected_misalignment(torch.tensor([0.25]), 5).tolist() == [0.5]
+    assert narrow.coverage == 0  # 1 - cos = .005 is 5 times what is stated, 5.99 / 2 the limit
 
 
 def test_its_own_law_is_calibrated():
