@@ -1,4 +1,4 @@
-"""`probsae`: compare | fit | evaluate | report | harvest."""
+"""`probsae`: compare | fit | polish | evaluate | inspect | report | harvest."""
 
 from __future__ import annotations
 
@@ -21,8 +21,17 @@ from probsae.evaluate import evaluate as run_evaluation
 from probsae.inference.callbacks import Checkpoint
 from probsae.inference.fit import NonFiniteElboError
 from probsae.inference.fit import fit as run_fit
+from probsae.inference.polish import polish as run_polish
 from probsae.models.files import load, save
-from probsae.report.run_folder import DATA, describe_store, report_run
+from probsae.report.inspect import feature_page
+from probsae.report.run_folder import (
+    DATA,
+    POSTERIOR,
+    activations_of,
+    describe_store,
+    gather_run,
+    report_run,
+)
 from probsae.synthetic import SyntheticActivations
 
 ModelName = Literal[
@@ -149,6 +158,63 @@ def fit(
     print(f", l0 {last['l0']:.1f}; written: {out / 'model'}")
 
 
+def polish(
+    run: Annotated[Path, tyro.conf.Positional],
+    store: Path | None = None,
+    n_tokens: int | None = None,
+    n_passes: int = 1,
+    prior_weight: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Give a fitted dictionary its closed-form optimum, and keep how certain that is.
+
+    Args:
+        run: Folder that `probsae fit` wrote; its model is replaced, the posterior lies beside it.
+        store: Activations; by default those of the fit.
+        n_tokens: Tokens of a pass; all that the fit saw by default.
+        n_passes: Passes over the activations.
+        prior_weight: Activations that each feature's fitted direction counts as.
+        seed: Of the order of the tokens.
+    """
+    if not (run / "model").exists():
+        raise FileNotFoundError(
+            f"{run} holds no dictionary (model/); pass what `probsae fit` wrote"
+        )
+    dictionary = load(run / "model")
+    data, _ = activations_of(run, store)
+    posterior = run_polish(
+        dictionary, data, n_tokens=n_tokens, n_passes=n_passes, prior_weight=prior_weight, seed=seed
+    )
+    save(dictionary, run / "model")
+    posterior.save(run / POSTERIOR)
+    (before, _), (after, _) = posterior.held_out_elbo[0], posterior.held_out_elbo[-1]
+    print(f"held-out elbo {before:.2f} -> {after:.2f}; written: {run / POSTERIOR}")
+
+
+def inspect(
+    run: Annotated[Path, tyro.conf.Positional],
+    feature: int,
+    store: Path | None = None,
+    tokenizer: str | None = None,
+    n_tokens: int = 16_384,
+) -> None:
+    """Show one feature: rate, uncertainty, neighbours, most certain and most doubtful tokens.
+
+    Args:
+        run: Folder that `probsae fit` or `probsae compare` wrote.
+        feature: Its row in the dictionary.
+        store: Activations to show it on; by default those of the fit, the held-out end.
+        tokenizer: Model whose tokenizer reads the store's tokens; "none" shows their ids.
+        n_tokens: Tokens to look at, at most.
+    """
+    features, _ = gather_run(run, store=store, tokenizer=tokenizer, n_tokens=n_tokens)
+    try:
+        page = feature_page(features, feature)
+    except IndexError as error:
+        raise ValueError(str(error)) from error
+    Console().print(page)
+
+
 def evaluate(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     store: Path,
@@ -254,8 +320,8 @@ def harvest(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what a user can put right ends in one line and exit code 2."""
-    commands = {"compare": compare, "fit": fit, "evaluate": evaluate}
-    commands |= {"report": report, "harvest": harvest}
+    verbs = (compare, fit, polish, evaluate, inspect, report, harvest)
+    commands = {verb.__name__: verb for verb in verbs}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="probsae", args=arguments)
     except (*_USER_ERRORS, NonFiniteElboError) as error:

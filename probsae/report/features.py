@@ -53,7 +53,10 @@ class FeatureColumns:
     largest : array
         Largest code E z in size, with its sign; units of the activations.
     direction_variance : array or None
-        As the dictionary's posterior states it; lower is better.
+        Expected 1 - cosine with the true direction, as the dictionary's posterior states it; lower
+        is better.
+    p_real : array or None
+        Probability that the data have the feature, as stated there; higher is better.
     stability : array or None
         As given; higher is better.
     """
@@ -64,6 +67,7 @@ class FeatureColumns:
     undecided: Values
     largest: Values
     direction_variance: Values | None = None
+    p_real: Values | None = None
     stability: Values | None = None
 
 
@@ -195,8 +199,14 @@ def _columns(
         undecided=codes.undecided,
         largest=np.array([_largest(codes.of(i).mean) for i in range(codes.d_sae)]),
         direction_variance=None if posterior is None else _values(posterior.direction_variance),
+        p_real=_p_real(posterior),
         stability=None if stability is None else _values(stability),
     )
+
+
+def _p_real(posterior: DirectionUncertainty | None) -> Values | None:
+    log_odds = getattr(posterior, "log_odds_real", None)
+    return None if log_odds is None else _values(torch.sigmoid(log_odds))
 
 
 def rate_interval(count: Values, n_tokens: int, level: float = 0.9) -> tuple[Values, Values]:

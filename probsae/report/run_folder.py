@@ -14,15 +14,16 @@ from torch import Tensor
 
 from probsae.activations.store import ActivationStore
 from probsae.evaluate import Report
+from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.metrics.calibration import Reliability
 from probsae.models.base import SparseDictionary
 from probsae.models.files import load
 from probsae.report.features import DirectionUncertainty, FeatureData, LogitEffects, gather_features
 from probsae.report.html import Page, load_template, write_browser
-from probsae.report.token_text import Decode, token_text
+from probsae.report.token_text import Decode, TokenText, token_text
 from probsae.synthetic import SyntheticActivations
 
-DATA, RELIABILITY = "data.json", "reliability.json"
+DATA, RELIABILITY, POSTERIOR = "data.json", "reliability.json", "posterior"
 _STABILITY = "stability.safetensors"
 # Of fresh synthetic tokens: none that a fit or its evaluation has seen.
 _SEED = 4
@@ -77,7 +78,7 @@ def report_run(
     level : float, default 0.9
         Of the rates' intervals.
     posterior, logit_effects
-        See `gather_features`.
+        See `gather_features`; by default the posterior that `probsae polish` left in the folder.
     out : str or Path, optional
         The page, by default report.html in the run folder.
 
@@ -94,15 +95,12 @@ def report_run(
         If a file is damaged, or the store does not fit the dictionary.
     """
     run = Path(run)
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
     load_template()  # jinja2 and Vega: fail before the work, not after it
     facts: dict[str, str] = {}
     features = None
     if (run / "model").exists():
-        model = load(run / "model")
-        features = _features(
-            run, model, store, tokenizer, n_tokens, facts,
+        features, facts = gather_run(
+            run, store=store, tokenizer=tokenizer, n_tokens=n_tokens,
             level=level, posterior=posterior, logit_effects=logit_effects,
         )  # fmt: skip
     elif not (run / "report.json").exists():
@@ -124,40 +122,93 @@ def report_run(
     return write_browser(page, out or run / "report.html")
 
 
-def _features(
+def gather_run(
+    run: str | Path,
+    *,
+    store: str | Path | None = None,
+    tokenizer: str | None = None,
+    n_tokens: int = 16_384,
+    level: float = 0.9,
+    posterior: DirectionUncertainty | None = None,
+    logit_effects: LogitEffects | None = None,
+) -> tuple[FeatureData, dict[str, str]]:
+    """Gather the features of a run folder, and the facts of what they were looked at on.
+
+    Parameters and errors are those of `report_run`.
+    """
+    run = Path(run)
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+    if not (run / "model").exists():
+        raise FileNotFoundError(
+            f"{run} holds no dictionary (model/); pass what `probsae fit` wrote"
+        )
+    model = load(run / "model")
+    facts = {
+        "dictionary": _read(run / DATA).get("method", type(model).__name__),
+        "size": f"{model.d_sae:,} features in {model.d_in:,} dimensions",
+    }
+    x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts)
+    features = gather_features(
+        model,
+        x,
+        text=text,
+        posterior=posterior or read_posterior(run),
+        stability=_stability(run / _STABILITY, model.d_sae),
+        logit_effects=logit_effects,
+        level=level,
+    )
+    return features, facts
+
+
+def read_posterior(run: str | Path) -> DictionaryPosterior | None:
+    """Return what `probsae polish` left in a run folder, or None."""
+    folder = Path(run) / POSTERIOR
+    return DictionaryPosterior.load(folder) if folder.exists() else None
+
+
+def activations_of(run: str | Path, store: str | Path | None = None) -> tuple[Any, Any]:
+    """Return what a run was fitted to and what is held out: two stores, or one synthetic source.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder does not say, and no store is given.
+    """
+    data = _read(Path(run) / DATA)
+    if store is None and "synthetic" in data:
+        source = SyntheticActivations(**_arguments(data["synthetic"]))
+        return source, source
+    if store is None and "store" not in data:
+        raise FileNotFoundError(f"{run} does not say what it was fitted to; pass --store")
+    return ActivationStore(store or data["store"]).split(data.get("held_out", 0.1))
+
+
+def _tokens_to_show(
     run: Path,
     model: SparseDictionary,
     store: str | Path | None,
     tokenizer: str | None,
     n_tokens: int,
     facts: dict[str, str],
-    **options: Any,
-) -> FeatureData:
-    """Gather the features, and add to `facts` what they were looked at on."""
-    data = _read(run / DATA)
-    stability = _stability(run / _STABILITY, model.d_sae)
-    facts["dictionary"] = data.get("method", type(model).__name__)
-    facts["size"] = f"{model.d_sae:,} features in {model.d_in:,} dimensions"
-    if store is None and "synthetic" in data:
-        facts["activations"] = ", ".join(f"{k} {v}" for k, v in data["synthetic"].items())
-        x, _ = SyntheticActivations(**_arguments(data["synthetic"])).sample(n_tokens, seed=_SEED)
+) -> tuple[Tensor, TokenText | None]:
+    """Return held-out or fresh tokens and their text, and add to `facts` what they are."""
+    source, rest = activations_of(run, store)
+    if isinstance(source, SyntheticActivations):
+        arguments = _read(run / DATA)["synthetic"]
+        facts["activations"] = ", ".join(f"{k} {v}" for k, v in arguments.items())
         facts["tokens"] = f"{n_tokens:,}, fresh"
-        return gather_features(model, x, stability=stability, **options)
-    if store is None and "store" not in data:
-        raise FileNotFoundError(f"{run} does not say what it was fitted to; pass --store")
-    source = ActivationStore(store or data["store"])
+        return source.sample(n_tokens, seed=_SEED)[0], None
     if source.d_in != model.d_in:
         raise ValueError(
             f"the store must have the dictionary's d_in={model.d_in}, got {source.d_in}: {source}"
         )
-    _, rest = source.split(data.get("held_out", 0.1))
     n_tokens = min(n_tokens, rest.n_tokens)
     facts |= {"language model": Path(source.index["model"]).name, "hook": source.index["hook"]}
     facts |= {"store": str(source.path), "tokens": f"{n_tokens:,}, held out"}
     facts["title"] = " ".join(filter(None, [facts["language model"], facts["hook"]])) or run.name
     text = token_text(rest, n_tokens, _decode(source, tokenizer))
-    x = rest.gather(torch.arange(n_tokens))
-    return gather_features(model, x, text=text, stability=stability, **options)
+    return rest.gather(torch.arange(n_tokens)), text
 
 
 def _decode(store: ActivationStore, tokenizer: str | None) -> Decode | None:

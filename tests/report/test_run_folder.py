@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -156,3 +157,64 @@ def test_bad_input_ends_in_one_line(tmp_path, fitted, capsys, arguments, message
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out.html").exists()
+
+
+def test_polish_then_inspect_and_report(fitted, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(fitted, folder)
+    run("polish", folder, "--n-tokens", 1000)
+    told = re.search(r"held-out elbo (\S+) -> (\S+);", capsys.readouterr().out)
+    assert told is not None
+    assert float(told[2]) >= float(told[1])
+    posterior = ps.DictionaryPosterior.load(folder / "posterior")
+    torch.testing.assert_close(posterior.mean.float(), load(folder / "model").dictionary())
+    run("report", folder)
+    columns = data_of(folder / "report.html")["features"]["columns"]
+    expected = posterior.direction_variance
+    torch.testing.assert_close(
+        torch.tensor(columns["direction_variance"]).double(), expected, rtol=6e-3, atol=0
+    )
+    assert len(columns["p_real"]) == 12
+    capsys.readouterr()
+    run("inspect", folder, "--feature", 3)
+    page = capsys.readouterr().out
+    low, high = (float(bound[3]) for bound in posterior.rate_interval(0.9))
+    assert f"90% interval {low:.3g} to {high:.3g}" in page
+    assert f"expected 1 - cosine {float(expected[3]):.2g}" in page
+    assert f"probability {float(posterior.p_real[3]):.3f}" in page
+
+
+def test_inspect_shows_a_feature_in_its_context(fitted, capsys):
+    run("inspect", fitted, "--feature", 0)
+    page = capsys.readouterr().out
+    codes = load(fitted / "model").encode(
+        ActivationStore(fitted.parent / "store").split(0.1)[1].gather(torch.arange(200))
+    )
+    strongest = int(codes.mean[:, 0].abs().argmax())
+    line = next(line for line in page.splitlines() if line.startswith(f"│ {strongest} "))
+    id = (1800 + strongest) % 11
+    assert f"#{id}" in line  # the token itself, among its neighbours
+    assert f"{float(codes.mean[strongest, 0]):.2f}" in line
+    assert "most certain" in page
+    assert "direction" not in page  # nothing has told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--feature", 12], "between 0 and 11"),
+        (["--feature", -1], "between 0 and 11"),
+        (["--feature", 0, "--n-tokens", 0], "n_tokens"),
+    ],
+)
+def test_inspect_refuses_what_is_not_there(fitted, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run("inspect", fitted, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_inspect_and_polish_need_a_dictionary(tmp_path, capsys):
+    for arguments in (["inspect", tmp_path, "--feature", 0], ["polish", tmp_path]):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert "no dictionary" in capsys.readouterr().err

@@ -37,7 +37,8 @@ const effects = (feature) => (FEATURES.effects ? pairs(FEATURES.effects[feature]
 const COLUMNS = [
   { name: "rate", label: "rate", format: (x) => number(x, 2), title: "Expected share of tokens on which the feature is active, mean p_active" },
   { name: "undecided", label: "undecided", format: fraction, title: "Share of its activity that is uncertain, sum p(1 − p) / sum p; 0 is decided" },
-  { name: "direction_variance", label: "direction", format: (x) => number(x, 2), title: "Variance of the feature's direction; lower is surer" },
+  { name: "direction_variance", label: "direction", format: (x) => number(x, 2), title: "Expected 1 − cosine with the true direction; lower is surer" },
+  { name: "p_real", label: "real", format: fraction, title: "Probability that the data have this feature" },
   { name: "stability", label: "stability", format: fraction, title: "Does it come back in other fits? Higher is better" },
   { name: "largest", label: "largest", format: number, title: "Largest code, units of the activations" },
 ].filter((column) => FEATURES && FEATURES.columns[column.name]);
