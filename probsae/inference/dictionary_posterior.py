@@ -149,8 +149,8 @@ class DictionaryPosterior:
         saved = load_file(file)
         return cls(
             rows=Rows(saved["mean"], saved["cholesky"]),
-            rate=Beta(*saved["rate"]),
-            noise_precision=Gamma(*saved["noise_precision"]),
+            rate=Beta(saved["rate"][0], saved["rate"][1]),
+            noise_precision=Gamma(saved["noise_precision"][0], saved["noise_precision"][1]),
             log_odds_real=saved.get("log_odds_real"),
             held_out_elbo=[(a, b) for a, b in saved["held_out_elbo"].tolist()],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Beta, Gamma, kl_divergence
@@ -26,6 +27,12 @@ class Expectation:
         if model.is_deterministic:
             raise TypeError(f"{type(model).__name__} has no posterior to polish with")
         require_linear_decoder(model)
+        if type(model).scale_codes_ is SparseDictionary.scale_codes_:
+            raise TypeError(
+                "polish needs an encoder that can follow the dictionary, and the one of "
+                f"{type(model).__name__} is an MLP; use SpikeSlabDictionary, RectifiedGaussianDictionary or "
+                "LaplaceDictionary"
+            )
         self.model, self.n_sweeps, self.n_candidates = model, n_sweeps, n_candidates
         self.is_spike_slab = isinstance(code_law(model), SpikeSlab)
 
@@ -67,7 +74,7 @@ class Sums:
         self.code += mean.sum(0).double()
         self.squared_error += (x - model.decode(mean)).square().sum().double() + spread.sum()
         if isinstance(q.distribution, SpikeSlab):
-            self.log_present += torch.nn.functional.softplus(q.distribution.logits).sum(0).double()
+            self.log_present += F.softplus(q.distribution.logits).sum(0).double()
 
     def move(self) -> None:
         """Refer to the model's present dictionary."""
@@ -94,13 +101,19 @@ def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
     model.turn_directions_((rows.mean / norms[:, None]).to(model.W_dec.dtype))
     model.scale_codes_(norms.to(model.W_dec.dtype))
     sums.scale(norms)
-    if isinstance(getattr(model, "code_prior", None), SpikeSlabPrior):
+    prior = _spike_slab_parameters(model)
+    if prior is not None:
         a, b = rate.concentration1, rate.concentration0
-        model.code_prior.rate_logit.copy_(torch.digamma(a) - torch.digamma(b))  # E log odds
+        prior.rate_logit.copy_(torch.digamma(a) - torch.digamma(b))  # E log odds
     if model.learn_noise:
         model.log_noise_scale.copy_(-0.5 * noise_precision.mean.log())
     model.normalize_()
     return DictionaryPosterior(rows.scaled(norms), rate, noise_precision, log_odds, [])
+
+
+def _spike_slab_parameters(model: SparseDictionary) -> SpikeSlabPrior | None:
+    prior = getattr(model, "code_prior", None)
+    return prior if isinstance(prior, SpikeSlabPrior) else None
 
 
 def active_energy(model: SparseDictionary) -> Float[Tensor, " d_sae"]:
@@ -126,17 +139,15 @@ def _feature_posteriors(
     model: SparseDictionary, sums: Sums, rows: Rows, noise_precision: Gamma
 ) -> tuple[Beta, Tensor | None]:
     """Return q(rates), and each feature's log odds of being there."""
-    prior = getattr(model, "code_prior", None)
-    a, b = prior.rate_prior if isinstance(prior, SpikeSlabPrior) else (1.0, 1.0)
+    prior = _spike_slab_parameters(model)
+    a, b = (1.0, 1.0) if prior is None else prior.rate_prior
     n_active = sums.n_active.clamp(max=sums.n_tokens)
     rate = Beta(a + n_active, b + sums.n_tokens - n_active)
-    if not isinstance(prior, SpikeSlabPrior):
+    if prior is None:
         return rate, None
     # A code's optimal factor raises the bound by log(q(0) under the prior / q(0)).
-    gain = (
-        sums.log_present
-        + sums.n_tokens * torch.nn.functional.logsigmoid(-prior.rate_logit).double()
-    )
+    log_absent = F.logsigmoid(-prior.rate_logit).double()
+    gain = sums.log_present + sums.n_tokens * log_absent
     # KL from a uniform direction: rows N(0, 1 / d_in) in each dimension.
     spread = model.d_in * rows.relative_variance / noise_precision.mean
     cost = 0.5 * model.d_in * (spread - spread.log())
@@ -146,8 +157,8 @@ def _feature_posteriors(
 
 def _set_slabs(model: SparseDictionary, sums: Sums) -> None:
     """Give each slab the moments of its feature's active codes and `prior_weight` of its own."""
-    prior = getattr(model, "code_prior", None)
-    if not isinstance(prior, SpikeSlabPrior):
+    prior = _spike_slab_parameters(model)
+    if prior is None:
         return
     slab, weight = prior().slab, sums.prior_weight
     count = sums.n_active + weight

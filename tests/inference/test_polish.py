@@ -186,5 +186,10 @@ def test_what_cannot_be_polished_says_so():
         ps.polish(ps.ReLUSAE(4, 8), x)
     with pytest.raises(ValueError, match="linear decoder"):
         ps.polish(ps.SparseVAE(4, 8, decoder_hidden=8), x)
+    vae = ps.SparseVAE(4, 8)
+    before = vae.W_dec.clone()
+    with pytest.raises(TypeError, match="MLP"):
+        ps.polish(vae, x)
+    assert torch.equal(before, vae.W_dec)
     with pytest.raises(ValueError, match="held out"):
         ps.polish(ps.SpikeSlabDictionary(4, 8), iter([x]))
