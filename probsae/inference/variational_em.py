@@ -30,8 +30,8 @@ class Expectation:
         if type(model).scale_codes_ is SparseDictionary.scale_codes_:
             raise TypeError(
                 "polish needs an encoder that can follow the dictionary, and the one of "
-                f"{type(model).__name__} is an MLP; use SpikeSlabDictionary, RectifiedGaussianDictionary or "
-                "LaplaceDictionary"
+                f"{type(model).__name__} is an MLP; use SpikeSlabDictionary, "
+                "RectifiedGaussianDictionary or LaplaceDictionary"
             )
         self.model, self.n_sweeps, self.n_candidates = model, n_sweeps, n_candidates
         self.is_spike_slab = isinstance(code_law(model), SpikeSlab)
