@@ -199,7 +199,6 @@ def test_a_step_waits_for_nothing_on_the_device(cls, options, source, monkeypatc
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostWaits():
         float(torch.ones(()))
     ps.fit_ensemble(build(cls, options), source, **{**OPTIONS, "n_steps": 3})
-    # The first step counts as done from its `settle` on.
     assert seen == ["call_back", *["prepare", "advance", "settle", "call_back"] * 2]
 
 
