@@ -1,39 +1,45 @@
-"""Choose the sparsity of a probabilistic dictionary: steer its noise scale to an expected l0."""
+"""Choose the sparsity of a probabilistic dictionary: steer its prior to an expected l0."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
 
 from probsae.inference.callbacks import Callback, FitState
 from probsae.models.code_priors import SpikeSlabPrior
 
-# Noise scale, as a share of the activations' deviation per dimension, until the KL weight has
-# reached 1: rare features drown in more.
-_NOISE = 0.25
-# Of the log error a step. The expected l0 falls by some -2 times the log noise scale, at once by
-# its thresholds and over hundreds of steps by the rates: errors die out over some 15 steps.
-_GAIN = 0.03
-# Log noise scales that a fit must be able to go through, however few its steps.
-_REACH = 6.0
-# Steps over which the expected l0 is averaged: that of one batch varies by its tokens.
-_MEMORY = 10
-# No further than where nothing is explained, and the other way.
-_SHARES = (0.01, 1.5)
+# Of the log error a step: errors die out over some 10 steps.
+_GAIN = 0.1
+# The target falls to its value from this multiple (or half of all features, if that is less),
+# over this share of the fit: every feature is used, and so trained, before features must be
+# spared.
+_START, _SHARE = 4.0, 0.6
+# Noise scale, as a share of the activations' deviation per dimension, at the start and from
+# _SHARE on. The less noise, the more decided the codes: an expected l0 of small probabilities
+# explains little. Under less from the start encoders with lateral steps diverge.
+_NOISE = (0.25, 0.06)
+# Steps of the log noise scale, as a share of those of the logit: it moves thresholds further.
+_SLOWER = 0.4
+# The control goes no further than where the noise scale reaches the deviation.
+_REACH = -math.log(_NOISE[1]) / _SLOWER
+# A firing rate e^-3 = 1/20 of the one that the target stands for is the least: where that is
+# still too many features, each is worth far more than the noise scale, which then rises.
+_LEAST = 3.0
 
 
 class TargetL0(Callback):
-    """Steer the noise scale so that `target` features are active a token, on average.
+    """Steer the prior so that `target` features are active a token, on average.
 
     On activations that no dictionary explains fully no sparsity is the true one: it is the
-    user's choice, and this callback makes it in the unit that users think in. A feature is worth
-    its cost where it explains more than the noise scale, so from the KL warm-up's end on
+    user's choice, and this callback makes it in the unit that users think in. The noise scale
+    falls to a small share of the activations' deviation, and all features have one firing rate;
+    each step moves it by
 
-        log noise_scale += gain (log l0 - log target)
+        logit rate -= gain (log l0 - log target),
 
-    in each step, while every feature's rate, slab and direction are learned as ever. The logits
-    of the rates move by the same amount the other way: what the rates would learn over hundreds
-    of steps is done at once, and what is left to do when the learning rate has fallen, too.
+    where the target itself falls to its value from four times that. Where a rate of a twentieth
+    of target / d_sae is not enough, the log noise scale rises by the rest.
 
     Parameters
     ----------
@@ -48,8 +54,8 @@ class TargetL0(Callback):
 
     Notes
     -----
-    The noise scale is then a choice too: where it is below what the dictionary leaves
-    unexplained, the codes' intervals mean less than those of a model that learns its noise.
+    The noise scale is then a choice too, well below what the dictionary leaves unexplained: the
+    codes' intervals mean less than those of a model that learns its noise.
     `docs/decisions/target_l0.md` compares this knob with others.
 
     Examples
@@ -68,30 +74,42 @@ class TargetL0(Callback):
         prior = getattr(state.model, "code_prior", None)
         if state.model.learn_noise or not isinstance(prior, SpikeSlabPrior):
             raise ValueError(
-                "TargetL0 steers the noise scale of a probabilistic dictionary that does not "
-                "learn it: build a SpikeSlabDictionary with learn_noise=False"
+                "TargetL0 steers the firing rate of a probabilistic dictionary that does not "
+                "learn its noise scale: build a SpikeSlabDictionary with learn_noise=False"
             )
         if self.target >= state.model.d_sae:
             raise ValueError(f"target must be below d_sae={state.model.d_sae}, got {self.target}")
         self._prior = prior
-        self._gain = max(_GAIN, _REACH / state.n_steps)
-        self._l0: Tensor | None = None
-        self._bounds: Tensor | None = None
+        rate = torch.tensor(self.target / state.model.d_sae, device=state.device)
+        self._start = min(_START, max(1.0, 0.5 / float(rate)))
+        self._least = rate.logit() - _LEAST
+        self._control = (self._start * rate).logit()
+        self._deviation = None
+        self._raised = torch.zeros((), device=state.device)
 
     @torch.no_grad()
     def on_step(self, state: FitState) -> None:
         assert state.objective is not None
         assert state.batch is not None
-        model, l0 = state.model, state.objective.l0.clamp(min=1e-6)
-        if self._bounds is None:
-            deviation = (state.batch - model.b_dec).square().mean().sqrt()
-            self._bounds = (deviation * torch.tensor(_SHARES, device=l0.device)).log()
-            if state.step == 1:  # else resumed
-                model.scale_noise_(_NOISE * deviation / model.noise_scale)
-        self._l0 = l0 if self._l0 is None else torch.lerp(self._l0, l0, 1 / _MEMORY)
-        if state.is_warm:
-            step = self._gain * (self._l0 / self.target).log().clamp(-1, 1)
-            log_scale = model.log_noise_scale
-            change = (log_scale + step).clamp(*self._bounds) - log_scale
-            model.scale_noise_(change.exp())
-            self._prior.rate_logit.sub_(step)
+        model = state.model
+        first, last = _NOISE
+        share = first * (last / first) ** _progress(state)
+        if self._deviation is None:
+            self._deviation = (state.batch - model.b_dec).square().mean().sqrt()
+            if state.step > 1:  # resumed
+                raised = (model.noise_scale / (share * self._deviation)).log()
+                self._raised = raised.clamp(min=0)
+                self._control = self._prior.rate_logit.mean() - self._raised / _SLOWER
+        target = self.target * self._start ** (1 - _progress(state))
+        error = (state.objective.l0.clamp(min=1e-6) / target).log().clamp(-1, 1)
+        self._control = (self._control - _GAIN * error).maximum(self._least - _REACH)
+        logit = self._control.maximum(self._least)
+        self._prior.rate_logit.copy_(logit.expand_as(self._prior.rate_logit))
+        model.log_noise_scale.copy_((self._deviation * share).log() + self._raised)
+        raised = _SLOWER * (logit - self._control)
+        model.scale_noise_((raised - self._raised).exp())
+        self._raised = raised
+
+
+def _progress(state: FitState) -> float:
+    return min(1.0, state.step / (_SHARE * state.n_steps))
