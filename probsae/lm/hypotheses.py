@@ -61,7 +61,7 @@ def log_likelihood_ratio(
     --------
     >>> text = torch.tensor([[0, 0, 1, 1]])
     >>> log_likelihood_ratio(text, torch.tensor([1, 1, 1]), text).exp()
-    tensor([[0.1250, 0.1250, 1.8750, 1.8750]])
+    tensor([[0.2500, 0.2500, 1.7500, 1.7500]])
     """
     if window < 1 or not strength > 0 or not (hypothesis_ids.numel() and background_ids.numel()):
         raise ValueError(

@@ -220,7 +220,7 @@ def rate_interval(count: Values, n_tokens: int, level: float = 0.9) -> tuple[Val
     >>> import numpy as np
     >>> lower, upper = rate_interval(np.array([0.0, 5.0]), 10)
     >>> lower.round(3).tolist(), upper.round(3).tolist()
-    ([0.0, 0.258], [0.17, 0.742])
+    ([0.0, 0.262], [0.171, 0.738])
     """
     tail = (1 - level) / 2
     a, b = 0.5 + count, 0.5 + np.maximum(n_tokens - count, 0)
