@@ -12,6 +12,7 @@ from experiments.calibration.measure import finite
 from experiments.calibration.run import SIZES, activations, main, table
 
 
+@pytest.mark.slow
 def test_two_conditions_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     few = {**SIZES, "small": type(SIZES["small"])(32, 48, 2, 64, 128, 512, 20, 1_024)}
     monkeypatch.setattr("experiments.calibration.run.SIZES", few)

@@ -176,7 +176,14 @@ class NoHostWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("cls", "options"), FAMILIES, ids=lambda v: getattr(v, "__name__", None))
+# Tracing takes seconds a family: one of each kind here, the others among the slow tests.
+GUARDED = [
+    pytest.param(*family, marks=[] if i in (0, 1, 6) else pytest.mark.slow)
+    for i, family in enumerate(FAMILIES)
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), GUARDED, ids=lambda v: getattr(v, "__name__", None))
 def test_a_step_waits_for_nothing_on_the_device(cls, options, source, monkeypatch):
     from probsae.inference.ensemble.fits import EnsembleFits
 

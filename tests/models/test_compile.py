@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_every_dictionary_compiles_without_graph_breaks(backend):
     command = [sys.executable, "-m", "tests.models.trace_all", backend]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

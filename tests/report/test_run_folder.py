@@ -108,6 +108,7 @@ def test_a_comparison_alone_is_a_page(tmp_path):
     assert "1 dictionary on 50 held-out tokens" in report_run(tmp_path).read_text()
 
 
+@pytest.mark.slow
 def test_report_reads_smollm2s_tokens(tmp_path, smollm2, corpus):
     book = corpus[0].read_text()[:2000]
     ids = torch.tensor(smollm2.tokenize([book])[0])
