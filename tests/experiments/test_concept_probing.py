@@ -105,8 +105,9 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus):
         assert 0 <= row["interval"][0] <= row["interval"][1] <= 1
         assert 0 <= row["score"] <= 1
         assert (row["draw_interval"] is not None) == (row["dictionary"] == "SpikeSlab, mean")
-    accuracy = {(r["dictionary"], r["concept"]): r["full_accuracy"] for r in results["rows"]}
-    assert accuracy["raw activations", "french"] > 0.8
+    raw = [r["full_accuracy"] for r in results["rows"] if r["dictionary"] == "raw activations"]
+    # Guessing, the mean over eight concepts of 24 tokens or more has a deviation of .036 at most.
+    assert sum(raw) / len(raw) > 0.5 + 3.7 * 0.036
     assert "| TopK | 8 |" in results["tables"]
     assert results["fvu"]["PCA"] < results["fvu"]["random directions"]
     json.dumps(results, allow_nan=False)
