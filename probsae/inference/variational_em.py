@@ -27,7 +27,7 @@ class Expectation:
         if model.is_deterministic:
             raise TypeError(f"{type(model).__name__} has no posterior to polish with")
         require_linear_decoder(model)
-        if type(model).scale_codes_ is SparseDictionary.scale_codes_:
+        if model.code_scales is None:
             raise TypeError(
                 "polish needs an encoder that can follow the dictionary, and the one of "
                 f"{type(model).__name__} is an MLP; use SpikeSlabDictionary, "
@@ -97,9 +97,8 @@ def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
     noise_precision = _noise_posterior(model, sums, rows, anchor)
     rate, log_odds = _feature_posteriors(model, sums, rows, noise_precision)
     _set_slabs(model, sums)
-    norms = rows.mean.norm(dim=1).clamp(min=1e-6)
-    model.turn_directions_((rows.mean / norms[:, None]).to(model.W_dec.dtype))
-    model.scale_codes_(norms.to(model.W_dec.dtype))
+    model.set_rows_(rows.mean.to(model.W_dec.dtype))
+    norms = rows.mean.norm(dim=1)
     sums.scale(norms)
     prior = _spike_slab_parameters(model)
     if prior is not None:

@@ -72,11 +72,7 @@ def pin(
     values : float, or one for each feature
         Codes, units of the activations; `maximum_codes` tells how far they go by themselves.
     """
-
-    def change(z: Tensor, index: Tensor, new: Tensor) -> Tensor:
-        return z.index_copy(-1, index, new.expand(len(z), -1))
-
-    return _changed(model, hook, dictionary, features, values, change, keep_first)
+    return _changed(model, hook, dictionary, features, values, Tensor.index_copy, keep_first)
 
 
 def steer(
@@ -97,11 +93,7 @@ def steer(
     amounts : float, or one for each feature
         Added to the codes, units of the activations.
     """
-
-    def change(z: Tensor, index: Tensor, new: Tensor) -> Tensor:
-        return z.index_add(-1, index, new.expand(len(z), -1))
-
-    return _changed(model, hook, dictionary, features, amounts, change, keep_first)
+    return _changed(model, hook, dictionary, features, amounts, Tensor.index_add, keep_first)
 
 
 @torch.no_grad()
@@ -141,10 +133,10 @@ def _changed(
     dictionary: Dictionary,
     features: Features,
     values: Values,
-    change: Callable[[Tensor, Tensor, Tensor], Tensor],
+    change: Callable[[Tensor, int, Tensor, Tensor], Tensor],
     keep_first: bool,
 ) -> Iterator[None]:
-    """Replace x by x + decode(z') - decode(z), with z' = change(z, features, values)."""
+    """Replace x by x + decode(z') - decode(z), with z' = change(z, -1, features, values)."""
     index, new = _matched(features, values, len(dictionary.dictionary()))
     point = find_hook(model.network, hook)
 
@@ -155,7 +147,7 @@ def _changed(
         if len(tokens) == 0:
             return None
         z = dictionary.encode(tokens).mean
-        changed = change(z, index.to(z.device), new.to(z))
+        changed = change(z, -1, index.to(z.device), new.to(z).expand(len(z), -1))
         shift = dictionary.decode(changed) - dictionary.decode(z)
         return with_tokens(x, first, tokens + shift.to(tokens))
 

@@ -150,6 +150,10 @@ class SparseDictionary(nn.Module, ABC):
     """Parameters in units of the activations: their learning rate is multiplied by the data's
     scale, so that a fit does not depend on those units."""
 
+    code_scales: ClassVar[tuple[str, ...] | None] = None
+    """Parameters in units of each feature's code, last axis d_sae; those named `log_` are
+    logarithms. None where the encoder cannot follow a change of these units or directions."""
+
     frozen_in_warmup: tuple[str, ...] = ()
     """Parameters that `fit` leaves alone until the KL weight has reached 1."""
 
@@ -339,20 +343,35 @@ class SparseDictionary(nn.Module, ABC):
         self.log_noise_scale.add_(factor.log())
 
     @torch.no_grad()
-    def turn_directions_(self, directions: Float[Tensor, "d_sae d_in"]) -> None:
-        """Replace the directions; an encoder that has filters of its own turns with them."""
-        self.W_dec.copy_(directions)
+    def set_rows_(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
+        """Take `rows`, of any norm above 0, for the dictionary.
 
-    @torch.no_grad()
-    def scale_codes_(self, factor: Float[Tensor, " d_sae"]) -> None:
-        """Measure each code in units that are smaller by `factor`: prior and encoder follow."""
-        raise NotImplementedError(f"{type(self).__name__} does not rescale its codes")
+        Their norms go into the units of the codes (`code_scales`), and the encoder's filters turn
+        with the directions.
+
+        Raises
+        ------
+        TypeError
+            If the encoder cannot follow; nothing is changed then.
+        """
+        if self.code_scales is None:
+            raise TypeError(f"the encoder of {type(self).__name__} cannot follow its dictionary")
+        norms = rows.norm(dim=1)
+        directions = rows / norms[:, None]
+        self.get_parameter("W_enc").add_((directions - self.directions).T)
+        self.W_dec.copy_(directions)
+        for name in self.code_scales:
+            parameter = self.get_parameter(name)
+            if name.rpartition(".")[2].startswith("log_"):
+                parameter.add_(norms.log())
+            else:
+                parameter.mul_(norms)
 
     @torch.no_grad()
     def normalize_(self) -> None:
         """Store unit rows of `W_dec`, and the noise scale itself where its floor binds.
 
-        Changes nothing that the model computes.
+        That changes nothing that the model computes; families add bounds of their own.
         """
         self.W_dec.copy_(self.directions)
         if self.learn_noise:

@@ -100,12 +100,6 @@ class SpikeSlabPrior(nn.Module):
         self.log_slab_scale.fill_(math.log(0.5 * code_size))
 
     @torch.no_grad()
-    def scale_(self, factor: Float[Tensor, " d_sae"]) -> None:
-        """Multiply active codes by `factor`."""
-        self.slab_mean.mul_(factor)
-        self.log_slab_scale.add_(factor.log())
-
-    @torch.no_grad()
     def set_moments_(self, mean: Float[Tensor, " d_sae"], energy: Float[Tensor, " d_sae"]) -> None:
         """Fit the slab to E z and E z^2 of active codes."""
         if self.slab == "half_normal":

@@ -50,6 +50,14 @@ class LaplaceDictionary(SparseDictionary):
 
     default_learning_rate = 5e-3
 
+    code_scales = (
+        "W_enc",
+        "log_prior_scale",
+        "log_threshold",
+        "log_sharpness",
+        "log_code_scale",
+    )
+
     def __init__(
         self,
         d_in: int,
@@ -108,15 +116,3 @@ class LaplaceDictionary(SparseDictionary):
         self.log_threshold.fill_(math.log(0.3 * size))
         self.log_sharpness.fill_(math.log(0.1 * size))
         self.log_code_scale.fill_(math.log(0.2 * size))
-
-    @torch.no_grad()
-    def turn_directions_(self, directions: Tensor) -> None:
-        self.W_enc.add_((directions - self.directions).T)
-        super().turn_directions_(directions)
-
-    @torch.no_grad()
-    def scale_codes_(self, factor: Tensor) -> None:
-        self.W_enc.mul_(factor)
-        for scale in (self.log_prior_scale, self.log_threshold, self.log_sharpness):
-            scale.add_(factor.log())
-        self.log_code_scale.add_(factor.log())

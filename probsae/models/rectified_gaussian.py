@@ -41,6 +41,13 @@ class RectifiedGaussianDictionary(SparseDictionary):
 
     default_learning_rate = 1e-2
     dimensional = ("b_dec", "b_enc", "code_prior.slab_mean")
+    code_scales = (
+        "W_enc",
+        "b_enc",
+        "log_code_scale",
+        "code_prior.slab_mean",
+        "code_prior.log_slab_scale",
+    )
     frozen_in_warmup = ("code_prior.rate_logit",)
     schedule_defaults = GENTLE_SCHEDULE
 
@@ -82,18 +89,6 @@ class RectifiedGaussianDictionary(SparseDictionary):
         size = typical_code_size(x_centered)
         self.code_prior.initialize_(size)
         self.log_code_scale.fill_(math.log(0.3 * size))
-
-    @torch.no_grad()
-    def turn_directions_(self, directions: Tensor) -> None:
-        self.W_enc.add_((directions - self.directions).T)
-        super().turn_directions_(directions)
-
-    @torch.no_grad()
-    def scale_codes_(self, factor: Tensor) -> None:
-        self.W_enc.mul_(factor)
-        self.b_enc.mul_(factor)
-        self.log_code_scale.add_(factor.log())
-        self.code_prior.scale_(factor)
 
     def log_prior_parameters(self) -> Tensor:
         return self.code_prior.log_density_of_rates()

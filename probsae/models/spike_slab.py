@@ -75,6 +75,12 @@ class SpikeSlabDictionary(SparseDictionary):
     """
 
     dimensional = ("b_dec", "code_prior.slab_mean")
+    code_scales = (
+        "W_enc",
+        "log_step_noise",
+        "code_prior.slab_mean",
+        "code_prior.log_slab_scale",
+    )
     frozen_in_warmup = ("code_prior.rate_logit",)
     # From .04 to the rate of a surplus feature, 1e-5, is 8 nats: at the common rate a fit would
     # end before it is there.
@@ -158,17 +164,6 @@ class SpikeSlabDictionary(SparseDictionary):
     def scale_noise_(self, factor: Tensor) -> None:
         super().scale_noise_(factor)
         self.log_step_noise.add_(factor.log())
-
-    @torch.no_grad()
-    def turn_directions_(self, directions: Tensor) -> None:
-        self.W_enc.add_((directions - self.directions).T)
-        super().turn_directions_(directions)
-
-    @torch.no_grad()
-    def scale_codes_(self, factor: Tensor) -> None:
-        self.W_enc.mul_(factor)
-        self.log_step_noise.add_(factor.log())
-        self.code_prior.scale_(factor)
 
     @torch.no_grad()
     def normalize_(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -176,9 +176,9 @@ def gather_features(
     )
 
 
-def _check_length(name: str, values: object, n: int, what: str) -> None:
-    if values is not None and len(values) != n:  # type: ignore[arg-type]
-        raise ValueError(f"{name} must have one entry for each of {n} {what}, got {len(values)}")  # type: ignore[arg-type]
+def _check_length(name: str, values: Sized | None, n: int, what: str) -> None:
+    if values is not None and len(values) != n:
+        raise ValueError(f"{name} must have one entry for each of {n} {what}, got {len(values)}")
 
 
 def _columns(

@@ -262,3 +262,41 @@ def test_kl_divergence_has_the_batch_shape(variant):
     model, x = build(variant)
     kl = kl_divergence(as_event(model.posterior(x).distribution), model.prior())
     assert kl.shape == (N_TOKENS,)
+
+
+@every
+def test_norms_of_rows_go_into_the_units_of_the_codes(variant):
+    model, x = build(variant)
+    old, norms = copy.deepcopy(model), 0.5 + torch.rand(D_SAE, dtype=torch.float64)
+    rows = norms[:, None] * model.dictionary()
+    if model.code_scales is None:
+        with pytest.raises(TypeError, match="cannot follow"):
+            model.set_rows_(rows)
+        for name, value in old.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value)
+        return
+    model.set_rows_(rows)
+    torch.testing.assert_close(model.dictionary(), old.dictionary())
+    torch.testing.assert_close(model.prior().variance, norms.square() * old.prior().variance)
+    if getattr(model, "encoder_steps", 0):  # lateral steps see the new rows
+        return
+    before, after = old.encode(x), model.encode(x)
+    torch.testing.assert_close(after.mean, norms * before.mean)
+    torch.testing.assert_close(after.variance, norms.square() * before.variance)
+    kl = [
+        kl_divergence(as_event(q.distribution), m.prior())
+        for q, m in ((before, old), (after, model))
+    ]
+    torch.testing.assert_close(kl[0], kl[1])
+
+
+@every
+def test_filters_turn_with_the_directions(variant):
+    model, _ = build(variant)
+    if model.code_scales is None:
+        return
+    filters, directions = model.W_enc.detach().clone(), model.dictionary()
+    turned = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, dtype=torch.float64), dim=1)
+    model.set_rows_(turned)
+    torch.testing.assert_close(model.dictionary(), turned)
+    torch.testing.assert_close(model.W_enc.detach(), filters + (turned - directions).T)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -39,10 +41,10 @@ def planted_activations(n_tokens: int, d_in: int, seed: int = 0) -> Tensor:
 
 
 def store_of(
-    path: object, x: Tensor, ids: Tensor, context: int = 16, model: str = ""
+    path: Path, x: Tensor, ids: Tensor, context: int = 16, model: str = ""
 ) -> ActivationStore:
     """Store activations as contexts of one document, first positions left out."""
-    writer = StoreWriter(path, x.shape[1], dtype="float32", model=model, hook="planted")  # type: ignore[arg-type]
+    writer = StoreWriter(path, x.shape[1], dtype="float32", model=model, hook="planted")
     positions = torch.arange(len(x)) % context + 1
     writer.append(x, tokens=ids, documents=torch.zeros(len(x)).int(), positions=positions)
     writer.finish()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -108,8 +109,9 @@ def test_values_that_are_no_number_do_not_break_the_page():
 def test_a_failed_page_leaves_the_old_one(tmp_path):
     path = write_browser(Page("old"), tmp_path / "page.html")
     old = path.read_text()
+    unwritable: Any = [object()]
     with pytest.raises(TypeError):
-        write_browser(Page("new", facts={"x": "y"}, history={"step": [object()]}), path)  # type: ignore[list-item]
+        write_browser(Page("new", facts={"x": "y"}, history={"step": unwritable}), path)
     assert path.read_text() == old
     assert list(tmp_path.iterdir()) == [path]
 
