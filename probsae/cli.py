@@ -58,7 +58,7 @@ def compare(
     n_features: int = 512,
     n_active: float = 5,
     noise_scale: float = 0.05,
-    correlation: Literal["none", "copula", "per_batch"] = "none",
+    correlation: Literal["none", "copula", "per_batch", "hierarchy"] = "none",
     all: bool = False,
     seed: int = 0,
 ) -> None:

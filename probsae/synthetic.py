@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Correlation = Literal["copula", "per_batch"]
+Correlation = Literal["copula", "per_batch", "hierarchy"]
 Magnitudes = Literal["uniform", "uniform_product"] | tuple[float, float]
 
 # What is drawn from one seed, each in a stream of its own.
@@ -32,6 +32,8 @@ Stream = Literal["features", "sample", "batches"]
 # Factors of the copula: features share 8 latent causes, with loadings that leave each feature
 # half its variance of its own. Correlations of the latent Gaussians then spread over (-.5, .5).
 _N_FACTORS, _SHARED_VARIANCE = 8, 0.5
+# Of a hierarchy: the most frequent features of each group of four are parents of the others.
+_FAMILY = 4
 
 
 class SyntheticActivations:
@@ -50,11 +52,13 @@ class SyntheticActivations:
         Features active a token, on average.
     decay : float in (0, 1], default 0.99
         Ratio of successive firing probabilities; 1 makes them equal.
-    correlation : {None, "copula", "per_batch"}
+    correlation : {None, "copula", "per_batch", "hierarchy"}
         None: features fire independently. "copula": a Gaussian copula for each token, so that
         features co-occur; every feature keeps its firing probability. "per_batch": the original
         form, one Gaussian draw a call scales the probabilities of that call, which are brought
-        back to sum to `n_active`; features are independent inside it.
+        back to sum to `n_active`; features are independent inside it. "hierarchy": the most
+        frequent quarter of the features are parents of three others each, which fire only where
+        their parent does; every feature keeps its firing probability.
     magnitudes : {"uniform", "uniform_product"} or (mean, scale)
         Size of an active code: U(0, 1); the product of two such (20% are below .05); or
         Normal(mean, scale) given that it is positive.
@@ -71,6 +75,9 @@ class SyntheticActivations:
         True directions, unit rows.
     firing_probability : Tensor, shape (n_features,)
         Sums to `n_active`.
+    parent : Tensor, shape (n_features,)
+        Under "hierarchy", the feature without which each does not fire; itself where there is
+        none.
 
     Raises
     ------
@@ -111,6 +118,9 @@ class SyntheticActivations:
         features = torch.randn(n_features, d_in, generator=generator)
         self.features = F.normalize(features, dim=-1).to(self.device)
         self.firing_probability = firing_probability(n_features, n_active, decay).to(self.device)
+        self.parent = torch.arange(n_features, device=self.device)
+        if correlation == "hierarchy":
+            self.parent %= max(1, n_features // _FAMILY)
         loadings = torch.randn(n_features, _N_FACTORS, generator=generator)
         loadings = math.sqrt(_SHARED_VARIANCE) * F.normalize(loadings, dim=-1)
         self._loadings = loadings.to(self.device)
@@ -196,6 +206,8 @@ class SyntheticActivations:
         shape, device = (n_tokens, self.n_features), self.device
         if self.correlation is None:
             return torch.rand(shape, generator=generator, device=device) < self.firing_probability
+        if self.correlation == "hierarchy":
+            return self._support_of_families(torch.rand(shape, generator=generator, device=device))
         n_draws = n_tokens if self.correlation == "copula" else 1
         factors = torch.randn(n_draws, _N_FACTORS, generator=generator, device=device)
         own = torch.randn((n_draws, self.n_features), generator=generator, device=device)
@@ -206,6 +218,13 @@ class SyntheticActivations:
         probability = torch.special.ndtr(latent[0]) * self.firing_probability
         probability *= self.n_active / probability.sum()
         return torch.rand(shape, generator=generator, device=device) < probability
+
+    def _support_of_families(self, uniforms: Tensor) -> Tensor:
+        is_child = self.parent != torch.arange(self.n_features, device=self.device)
+        given_parent = self.firing_probability / self.firing_probability[self.parent]
+        probability = torch.where(is_child, given_parent, self.firing_probability)
+        may_fire = uniforms < probability
+        return may_fire & (may_fire[:, self.parent] | ~is_child)
 
     def _magnitudes(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         def uniform() -> Tensor:
@@ -243,8 +262,15 @@ def _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes,
         raise ValueError(f"decay must be in (0, 1], got {decay}")
     if not 0 < n_active <= n_features:
         raise ValueError(f"n_active must be in (0, n_features={n_features}], got {n_active}")
-    if correlation not in (None, "copula", "per_batch"):
-        raise ValueError(f"correlation must be None, 'copula' or 'per_batch', got {correlation!r}")
+    if correlation is not None and correlation not in get_args(Correlation):
+        raise ValueError(
+            f"correlation must be None or one of {get_args(Correlation)}, got {correlation!r}"
+        )
+    if correlation == "hierarchy" and decay == 1:
+        raise ValueError(
+            "decay must be below 1 under correlation='hierarchy': where children are as frequent "
+            "as their parent they fire whenever it does, and cannot be told from it"
+        )
     if noise_scale < 0:
         raise ValueError(f"noise_scale must be at least 0, got {noise_scale}")
     if isinstance(magnitudes, str):

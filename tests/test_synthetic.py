@@ -6,7 +6,7 @@ import torch
 import probsae as ps
 from tests.conftest import FALSE_ALARM_RATE
 
-CORRELATIONS = [None, "copula", "per_batch"]
+CORRELATIONS = [None, "copula", "per_batch", "hierarchy"]
 
 
 def make(**options):
@@ -32,7 +32,7 @@ def test_codes_are_exactly_what_made_the_activations(correlation, magnitudes):
     torch.testing.assert_close(data.features.norm(dim=1), torch.ones(40))
 
 
-@pytest.mark.parametrize("correlation", [None, "copula"])
+@pytest.mark.parametrize("correlation", [None, "copula", "hierarchy"])
 def test_every_feature_keeps_its_firing_probability(correlation):
     n = 100_000
     data = make(correlation=correlation)
@@ -59,6 +59,19 @@ def test_per_batch_has_n_active_and_no_correlation_inside_a_call():
 def test_copula_correlates_inside_a_call():
     on = (make(correlation="copula").sample(50_000)[1] != 0)[:, :8].double()
     assert float((torch.corrcoef(on.T) - torch.eye(8)).abs().max()) > 0.08
+
+
+def test_children_fire_only_where_their_parent_does():
+    data = make(correlation="hierarchy")
+    on = data.sample(20_000)[1] != 0
+    assert bool((on <= on[:, data.parent]).all())
+    n_children = torch.bincount(data.parent, minlength=40) - 1
+    assert n_children[:10].tolist() == [3] * 10
+    assert bool((n_children[10:] == -1).all())
+    # Of a parent that fires: its children are independent of each other.
+    among = on[on[:, 0]][:, (data.parent == 0).nonzero().flatten()[1:]].double()
+    assert float((torch.corrcoef(among.T) - torch.eye(3)).abs().max()) < 0.06
+    assert make().parent.tolist() == list(range(40))
 
 
 def test_noise_has_its_scale():
@@ -114,6 +127,7 @@ def test_magnitude_laws():
         {"decay": 1.1},
         {"noise_scale": -1.0},
         {"magnitudes": (1.0, 0.0)},
+        {"decay": 1.0, "correlation": "hierarchy"},
     ],
 )
 def test_bad_arguments_name_themselves(options):

@@ -28,13 +28,14 @@ from experiments.calibration.measure import measure
 from probsae.inference import NoiseFloorWarning
 
 RESULTS = Path(__file__).parent / "results"
-Condition = Literal["independent", "copula", "uniform_product", "no_noise", "dense"]
+Condition = Literal["independent", "copula", "uniform_product", "no_noise", "hierarchy", "dense"]
 Scale = Literal["small", "full"]
 CONDITIONS: tuple[Condition, ...] = (
     "independent",
     "copula",
     "uniform_product",
     "no_noise",
+    "hierarchy",
     "dense",
 )
 
@@ -60,18 +61,19 @@ SIZES: dict[Scale, Sizes] = {
 
 
 def activations(condition: Condition, scale: Scale, seed: int) -> ps.SyntheticActivations:
-    """Make the data of a condition: the model's own assumptions hold in none, least in the last 3.
+    """Make the data of a condition: the model's own assumptions hold in none, least in the last 4.
 
     Magnitudes are U(0, 1) where the model's slab is a truncated normal. `copula`: features
     co-occur. `uniform_product`: a fifth of the codes is below the noise. `no_noise`: noise at the
-    fit's floor. `dense`: five times as many features are active.
+    fit's floor. `hierarchy`: three features in four fire only where their parent does. `dense`:
+    five times as many features are active.
     """
     size = SIZES[scale]
     return ps.SyntheticActivations(
         d_in=size.d_in,
         n_features=size.n_features,
         n_active=size.n_active * (5 if condition == "dense" else 1),
-        correlation="copula" if condition == "copula" else None,
+        correlation=condition if condition in ("copula", "hierarchy") else None,
         magnitudes="uniform_product" if condition == "uniform_product" else "uniform",
         noise_scale=0.0 if condition == "no_noise" else 0.05,
         seed=seed,
