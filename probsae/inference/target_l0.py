@@ -5,41 +5,33 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from probsae.inference.callbacks import Callback, FitState
 from probsae.models.code_priors import SpikeSlabPrior
 
-# Of the log error a step: errors die out over some 10 steps.
-_GAIN = 0.1
-# The target falls to its value from this multiple (or half of all features, if that is less),
-# over this share of the fit: every feature is used, and so trained, before features must be
-# spared.
-_START, _SHARE = 4.0, 0.6
-# Noise scale, as a share of the activations' deviation per dimension, at the start and from
-# _SHARE on. The less noise, the more decided the codes: an expected l0 of small probabilities
-# explains little. Under less from the start encoders with lateral steps diverge.
-_NOISE = (0.25, 0.06)
-# Steps of the log noise scale, as a share of those of the logit: it moves thresholds further.
-_SLOWER = 0.4
-# The control goes no further than where the noise scale reaches the deviation.
-_REACH = -math.log(_NOISE[1]) / _SLOWER
-# A firing rate e^-3 = 1/20 of the one that the target stands for is the least: where that is
-# still too many features, each is worth far more than the noise scale, which then rises.
-_LEAST = 3.0
+# Of the log error a step: errors die out over some 30 steps.
+_GAIN = 0.03
+# The target falls to its value from this multiple (or half of all features, if that is less)
+# between these shares of the fit: every feature is used, and so trained, before features must
+# be spared.
+_START, _FALL = 4.0, (0.2, 0.5)
+# Noise scale before steering begins, as a share of the activations' deviation per dimension. The
+# less noise, the sooner features are found; under much less encoders with lateral steps diverge.
+_INITIAL_NOISE = 0.25
 
 
 class TargetL0(Callback):
-    """Steer the prior so that `target` features are active a token, on average.
+    """Steer prior and noise scale so that `target` features are active a token, on average.
 
     On activations that no dictionary explains fully no sparsity is the true one: it is the
-    user's choice, and this callback makes it in the unit that users think in. The noise scale
-    falls to a small share of the activations' deviation, and all features have one firing rate;
-    each step moves it by
+    user's choice, and this callback makes it in the unit that users think in. The firing rates
+    are learned, but sum to the target, and the noise scale moves to where the posterior agrees:
 
-        logit rate -= gain (log l0 - log target),
+        sum of rates = target,    log noise_scale += gain (log l0 - log target),
 
-    where the target itself falls to its value from four times that. Where a rate of a twentieth
-    of target / d_sae is not enough, the log noise scale rises by the rest.
+    where the target itself falls to its value from four times that. What it ends with is what a
+    fit under that noise scale would have learned.
 
     Parameters
     ----------
@@ -54,8 +46,8 @@ class TargetL0(Callback):
 
     Notes
     -----
-    The noise scale is then a choice too, well below what the dictionary leaves unexplained: the
-    codes' intervals mean less than those of a model that learns its noise.
+    The noise scale is then a choice too, not what the dictionary leaves unexplained: the codes'
+    intervals mean less than those of a model that learns its noise.
     `docs/decisions/target_l0.md` compares this knob with others.
 
     Examples
@@ -74,42 +66,33 @@ class TargetL0(Callback):
         prior = getattr(state.model, "code_prior", None)
         if state.model.learn_noise or not isinstance(prior, SpikeSlabPrior):
             raise ValueError(
-                "TargetL0 steers the firing rate of a probabilistic dictionary that does not "
-                "learn its noise scale: build a SpikeSlabDictionary with learn_noise=False"
+                "TargetL0 steers the noise scale and the firing rates of a probabilistic "
+                "dictionary: build a SpikeSlabDictionary with learn_noise=False"
             )
         if self.target >= state.model.d_sae:
             raise ValueError(f"target must be below d_sae={state.model.d_sae}, got {self.target}")
-        self._prior = prior
-        rate = torch.tensor(self.target / state.model.d_sae, device=state.device)
-        self._start = min(_START, max(1.0, 0.5 / float(rate)))
-        self._least = rate.logit() - _LEAST
-        self._control = (self._start * rate).logit()
-        self._deviation = None
-        self._raised = torch.zeros((), device=state.device)
+        self._rate_logit = prior.rate_logit
+        self._start = min(_START, max(1.0, 0.5 * state.model.d_sae / self.target))
 
     @torch.no_grad()
     def on_step(self, state: FitState) -> None:
         assert state.objective is not None
         assert state.batch is not None
         model = state.model
-        first, last = _NOISE
-        share = first * (last / first) ** _progress(state)
-        if self._deviation is None:
-            self._deviation = (state.batch - model.b_dec).square().mean().sqrt()
-            if state.step > 1:  # resumed
-                raised = (model.noise_scale / (share * self._deviation)).log()
-                self._raised = raised.clamp(min=0)
-                self._control = self._prior.rate_logit.mean() - self._raised / _SLOWER
-        target = self.target * self._start ** (1 - _progress(state))
-        error = (state.objective.l0.clamp(min=1e-6) / target).log().clamp(-1, 1)
-        self._control = (self._control - _GAIN * error).maximum(self._least - _REACH)
-        logit = self._control.maximum(self._least)
-        self._prior.rate_logit.copy_(logit.expand_as(self._prior.rate_logit))
-        model.log_noise_scale.copy_((self._deviation * share).log() + self._raised)
-        raised = _SLOWER * (logit - self._control)
-        model.scale_noise_((raised - self._raised).exp())
-        self._raised = raised
+        if state.step == 1:
+            deviation = (state.batch - model.b_dec).square().mean().sqrt()
+            model.scale_noise_(_INITIAL_NOISE * deviation / model.noise_scale)
+        if not state.is_warm:
+            return
+        target = self._target_at(state.step / state.n_steps)
+        self._rate_logit.add_(math.log(target) - self._rate_logit.sigmoid().sum().log())
+        model.scale_noise_((_GAIN * _log_error(state.objective.l0, target)).exp())
+
+    def _target_at(self, share: float) -> float:
+        begin, end = _FALL
+        left = min(1.0, max(0.0, (end - share) / (end - begin)))
+        return self.target * self._start**left
 
 
-def _progress(state: FitState) -> float:
-    return min(1.0, state.step / (_SHARE * state.n_steps))
+def _log_error(l0: Tensor, target: float) -> Tensor:
+    return (l0.clamp(min=1e-6) / target).log().clamp(-1, 1)

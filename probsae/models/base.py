@@ -157,7 +157,7 @@ class SparseDictionary(nn.Module, ABC):
     frozen_in_warmup: tuple[str, ...] = ()
     """Parameters that `fit` leaves alone until the KL weight has reached 1."""
 
-    learning_rate_factors: ClassVar[dict[str, float]] = {"log_noise_scale": 5.0}
+    learning_rate_factors: Mapping[str, float] = MappingProxyType({"log_noise_scale": 5.0})
     """Learning rates of single parameters, as multiples of the fit's. Every dimension of every
     token informs the noise scale: it can follow at once what the others leave unexplained."""
 

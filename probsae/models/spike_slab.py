@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -84,10 +85,9 @@ class SpikeSlabDictionary(SparseDictionary):
     frozen_in_warmup = ("code_prior.rate_logit",)
     # From .04 to the rate of a surplus feature, 1e-5, is 8 nats: at the common rate a fit would
     # end before it is there.
-    learning_rate_factors: ClassVar[dict[str, float]] = {
-        **SparseDictionary.learning_rate_factors,
-        "code_prior.rate_logit": 5.0,
-    }
+    learning_rate_factors = MappingProxyType(
+        {**SparseDictionary.learning_rate_factors, "code_prior.rate_logit": 5.0}
+    )
 
     def __init__(
         self,
@@ -116,6 +116,11 @@ class SpikeSlabDictionary(SparseDictionary):
         # Of the evidence in the lateral steps, and of the last one.
         self.log_step_noise = nn.Parameter(torch.zeros(1 + (encoder_steps > 0), d_sae))
         self.damping_logit = nn.Parameter(torch.zeros(encoder_steps, d_sae))
+        if not learn_noise:
+            # The noise scale does not come down to meet the encoder's, which begins at several
+            # times of it and has to fall; docs/decisions/target_l0.md has what both are worth.
+            self.schedule_defaults = {"kl_warmup": 0.2}
+            self.learning_rate_factors = {**self.learning_rate_factors, "log_step_noise": 5.0}
 
     def hyperparameters(self) -> dict[str, Any]:
         return {
