@@ -100,6 +100,8 @@ def tuning_jobs() -> list[Job]:
     grids = [
         ("TopKSAE", usual, [{"k": k} for k in (4, 5, 6, 8)]),
         ("BatchTopKSAE", usual, [{"k": k} for k in (4, 5, 6, 8)]),
+        ("BatchTopKSAE", (1e-2, 2e-2), [{"k": 10}]),  # the best of the line above is on its edge
+        ("BatchTopKSAE", (2e-2,), [{"k": 8}]),
         ("MatryoshkaSAE", usual, [{"k": k} for k in (4, 6, 8)]),
         ("ReLUSAE", high, [{"l1_coefficient": c} for c in (0.03, 0.1, 0.2)]),
         ("GatedSAE", usual, [{"l1_coefficient": c} for c in (0.1, 0.2, 0.4)]),
