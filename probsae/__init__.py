@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from probsae import baselines, inference, metrics, models
+from probsae.dictionary_posteriors import dictionaries_to_arviz
 from probsae.estimator import DictionaryEstimator
 from probsae.evaluate import Report, evaluate
 from probsae.inference.dictionary_posterior import DictionaryPosterior
@@ -52,6 +53,7 @@ __all__ = [
     "SyntheticActivations",
     "TopKSAE",
     "baselines",
+    "dictionaries_to_arviz",
     "evaluate",
     "fit",
     "fit_ensemble",

@@ -122,7 +122,7 @@ def to_arviz(
         "feature": np.arange(model.d_sae),
         "dimension": np.arange(model.d_in),
     }
-    return _assemble(groups, coords)
+    return assemble(groups, coords, _DIMS)
 
 
 def _log_normal(x: Tensor, x_hat: Tensor, scale: Tensor) -> Tensor:
@@ -132,9 +132,13 @@ def _log_normal(x: Tensor, x_hat: Tensor, scale: Tensor) -> Tensor:
     return -0.5 * (squared + d_in * math.log(2 * math.pi)) - d_in * scale.log()
 
 
-def _assemble(groups: dict[str, dict[str, np.ndarray]], coords: dict[str, np.ndarray]) -> Any:
+def assemble(
+    groups: dict[str, dict[str, np.ndarray]],
+    coords: dict[str, np.ndarray],
+    dims: dict[str, list[str]],
+) -> Any:
     """Call arviz' `from_dict`: groups are keywords before 1.0, one nested mapping from then on."""
     az = _arviz()
     if int(az.__version__.split(".")[0]) < 1:
-        return az.from_dict(**groups, coords=coords, dims=_DIMS)
-    return az.from_dict(groups, coords=coords, dims=_DIMS)
+        return az.from_dict(**groups, coords=coords, dims=dims)
+    return az.from_dict(groups, coords=coords, dims=dims)

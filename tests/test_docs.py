@@ -15,6 +15,9 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
+# arviz 0.23 under newer pandas and matplotlib.
+@pytest.mark.filterwarnings("ignore:The inplace keyword")
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mpl.use("Agg")
