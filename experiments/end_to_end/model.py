@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.language_models import train_
 from probsae.activations.language_model import LanguageModel
 
 
@@ -26,12 +25,6 @@ class CharacterTokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         return "".join(self.characters[i] for i in token_ids)
-
-
-def contexts_of(tokenizer: CharacterTokenizer, text: str, length: int) -> Tensor:
-    """Cut a text into contexts, (context, position)."""
-    ids = torch.tensor(tokenizer([text])["input_ids"][0])
-    return ids[: len(ids) // length * length].view(-1, length)
 
 
 def train_language_model(
@@ -54,14 +47,8 @@ def train_language_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = LlamaForCausalLM(config)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-        for _ in trange(n_steps, desc="language model", delay=2, disable=None):
-            ids = token_ids[torch.randint(len(token_ids), (batch_size,))]
-            logits: Tensor = network(input_ids=ids, use_cache=False).logits[:, :-1]
-            F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            decay.step()
-    network.requires_grad_(False).eval()
+        train_(
+            network, token_ids, n_steps=n_steps, batch_size=batch_size,
+            learning_rate=learning_rate,
+        )  # fmt: skip
     return LanguageModel(f"characters-{width}x{n_layers}", network, tokenizer)

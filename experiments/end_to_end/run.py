@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 import probsae as ps
-from experiments.end_to_end.model import CharacterTokenizer, contexts_of, train_language_model
+from experiments.end_to_end.model import CharacterTokenizer, train_language_model
+from experiments.language_models import contexts_of
 from probsae.activations.language_model import LanguageModel, load_language_model
 from probsae.inference import TargetL0
 from probsae.lm import ContextActivations, EndToEnd, downstream_fvu, read_tokens, splice
@@ -146,15 +147,14 @@ def main(
     words = text.read_text(encoding="utf-8")
     if model is None:
         tokenizer = CharacterTokenizer(words)
-        token_ids = contexts_of(tokenizer, words, context_length)
+        token_ids = contexts_of(tokenizer([words])["input_ids"][0], context_length)
         n_train = int((1 - HELD_OUT) * len(token_ids))
         language_model = train_language_model(
             tokenizer, token_ids[:n_train], n_steps=language_model_steps
         )
     else:
         language_model = load_language_model(model)
-        ids = torch.tensor(language_model.tokenize([words])[0])
-        token_ids = ids[: len(ids) // context_length * context_length].view(-1, context_length)
+        token_ids = contexts_of(language_model.tokenize([words])[0], context_length)
         n_train = int((1 - HELD_OUT) * len(token_ids))
     held_out = token_ids[n_train:][:n_held_out]
     contexts = ContextActivations(language_model, hook, token_ids[:n_train])
