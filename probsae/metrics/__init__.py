@@ -11,6 +11,12 @@ from probsae.metrics.calibration import (
     log_score_per_positive,
     reliability,
 )
+from probsae.metrics.correspondence import (
+    Correspondence,
+    Counterparts,
+    CrossCorrelation,
+    correlate_codes,
+)
 from probsae.metrics.coverage import (
     Coverage,
     code_coverage,
@@ -54,6 +60,14 @@ from probsae.metrics.sparsity import (
     firing_rates,
     l0,
 )
+from probsae.metrics.splitting import (
+    Families,
+    FamilyPosterior,
+    chance_cosines,
+    families,
+    family_posterior,
+    share_same_parent,
+)
 from probsae.metrics.stability import (
     Alignment,
     DirectionRhat,
@@ -70,10 +84,15 @@ from probsae.metrics.uniformity import Uniformity, pit_uniformity, rank_uniformi
 
 __all__ = [
     "Alignment",
+    "Correspondence",
+    "Counterparts",
     "Coverage",
+    "CrossCorrelation",
     "DirectionCalibration",
     "DirectionRhat",
     "DoubtScore",
+    "Families",
+    "FamilyPosterior",
     "ImportanceDiagnostics",
     "LooPit",
     "MagnitudeStrata",
@@ -94,14 +113,18 @@ __all__ = [
     "best_threshold_f1",
     "brier",
     "brier_skill",
+    "chance_cosines",
     "chance_level",
     "chance_reappearance",
     "code_coverage",
     "code_pit",
+    "correlate_codes",
     "dead_features",
     "density_histogram",
     "direction_calibration",
     "direction_rhat",
+    "families",
+    "family_posterior",
     "firing_rates",
     "fvu",
     "importance_diagnostics",
@@ -130,6 +153,7 @@ __all__ = [
     "sbc_ranks",
     "score_doubt",
     "share_recovered",
+    "share_same_parent",
     "simulation_ranks",
     "support_scores",
 ]
