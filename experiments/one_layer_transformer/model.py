@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,9 +73,7 @@ def tokenizer(files: Sequence[Path], out: Path, n_tokens: int) -> PreTrainedToke
     return PreTrainedTokenizerFast.from_pretrained(out)
 
 
-def contexts(
-    files: Sequence[Path], tokenize: PreTrainedTokenizerFast, length: int
-) -> Tensor:
+def contexts(files: Sequence[Path], tokenize: PreTrainedTokenizerFast, length: int) -> Tensor:
     """Return the texts' token ids, (context, position); a context never crosses texts."""
     texts = [file.read_text(encoding="utf-8") for file in files]
     ids = tokenize(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -99,17 +98,19 @@ def transformer(
     The folder is an ordinary one of Hugging Face's, with the curve of losses in training.json.
     """
     if not out.exists():
-        torch.manual_seed(seed)
-        network = GPTNeoXForCausalLM(_config(len(tokenize), token_ids.shape[1], d_model, d_mlp))
         checkpoint = out.with_name(out.name + "-checkpoint")
-        losses = train_(
-            network.to(device), token_ids.to(device), n_steps=n_steps, batch_size=batch_size,
-            learning_rate=learning_rate, checkpoint=checkpoint,
-        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = GPTNeoXForCausalLM(_config(len(tokenize), token_ids.shape[1], d_model, d_mlp))
+            losses = train_(
+                network.to(device), token_ids.to(device), n_steps=n_steps,
+                batch_size=batch_size, learning_rate=learning_rate, checkpoint=checkpoint,
+            )  # fmt: skip
         with atomic_write(out) as folder:
             network.save_pretrained(folder)
             tokenize.save_pretrained(folder)
             (folder / "training.json").write_text(json.dumps({"losses": losses}))
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return load_language_model(out, device=device)
 
 

@@ -1,0 +1,257 @@
+"""Features of a one-layer transformer's MLP: families over widths, universality, and neurons.
+
+    python -m experiments.one_layer_transformer.run --text novels.txt manual_fr.txt manual_de.txt
+
+Trains two transformers of one layer on the text, harvests their MLPs' hidden layers, fits
+dictionaries at several widths and measures them on held-out text. Everything finished is kept under
+--out, and fits and trainings go on from their last checkpoint: a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from experiments.one_layer_transformer import plots
+from experiments.one_layer_transformer.compare import (
+    direction_posterior,
+    neurons_across,
+    splitting,
+    universality,
+)
+from experiments.one_layer_transformer.fits import Plan, again, fitted, of_other, plans
+from experiments.one_layer_transformer.measure import measure
+from experiments.one_layer_transformer.model import (
+    HOOK,
+    contexts,
+    split_text,
+    tokenizer,
+    transformer,
+)
+from experiments.one_layer_transformer.tables import markdown
+from probsae.activations import ActivationStore
+from probsae.activations.harvest import harvest
+from probsae.activations.language_model import LanguageModel
+from probsae.inference import DictionaryPosterior
+from probsae.models.base import SparseDictionary
+
+HELD_OUT = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is trained, fitted and measured.
+
+    Attributes
+    ----------
+    text : tuple of Path
+        Text files; the last tenth of each is held out.
+    out : Path
+        Texts, transformers, stores, dictionaries, results.json and plots.
+    n_vocabulary, context_length : int
+        Byte-level BPE tokens; tokens of a context.
+    model_steps, model_batch_size, model_learning_rate
+        Training of each transformer; a batch counts contexts.
+    n_tokens : int
+        Activations harvested from each transformer.
+    widths : tuple of int
+        Features of the dictionaries, ascending.
+    compared_width : int
+        At which features of the two transformers are compared.
+    l0 : int
+        Active features a token of SpikeSlab (expected) and TopK.
+    n_steps, batch_size : int
+        Of each fit.
+    n_held_out : int
+        Contexts to measure on.
+    n_draws : int
+        Posterior draws of codes and of directions.
+    """
+
+    text: tuple[Path, ...]
+    out: Path = Path("runs/one_layer_transformer")
+    n_vocabulary: int = 1_024
+    context_length: int = 64
+    model_steps: int = 1_500
+    model_batch_size: int = 64
+    model_learning_rate: float = 3e-3
+    n_tokens: int = 300_000
+    families: tuple[str, ...] = ("SpikeSlab", "TopK", "ReLU")
+    widths: tuple[int, ...] = (256, 512, 1_024)
+    compared_width: int = 512
+    l0: int = 16
+    n_steps: int = 1_000
+    batch_size: int = 512
+    n_held_out: int = 640
+    n_draws: int = 8
+    threads: int = 1
+    device: str = "cpu"
+
+
+class Run:
+    """One run's parts, each made once, and its rows."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        settings.out.mkdir(parents=True, exist_ok=True)
+        self.file = settings.out / "results.json"
+        self.rows: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        train, held_out = split_text(settings.text, settings.out / "text", HELD_OUT)
+        self.train_files = train
+        self.tokenizer = tokenizer(train, settings.out / "tokenizer", settings.n_vocabulary)
+        self.held_out = contexts(held_out, self.tokenizer, settings.context_length)
+
+    def row(self, name: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Make and keep a row that is not there yet."""
+        if name in self.rows:
+            return
+        self.rows[name] = make()
+        new = self.file.with_suffix(".new")
+        new.write_text(json.dumps(self.rows, indent=1) + "\n")
+        os.replace(new, self.file)
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """Held-out contexts that are measured on, of all texts in their order."""
+        n = min(self.settings.n_held_out, len(self.held_out))
+        return self.held_out[torch.linspace(0, len(self.held_out) - 1, n).long()]
+
+    @cached_property
+    def networks(self) -> list[LanguageModel]:
+        """The two transformers."""
+        of, out = self.settings, self.settings.out
+        train = contexts(self.train_files, self.tokenizer, of.context_length)
+        self.row("text", lambda: text_facts(train, self.held_out, len(self.tokenizer)))
+        return [
+            transformer(
+                train, self.tokenizer, out / f"transformer-{seed}", n_steps=of.model_steps,
+                batch_size=of.model_batch_size, learning_rate=of.model_learning_rate, seed=seed,
+                device=torch.device(of.device),
+            )
+            for seed in (0, 1)
+        ]  # fmt: skip
+
+    def store(self, network: int) -> ActivationStore:
+        """Harvest one transformer's activations of the training text."""
+        folder = self.settings.out / "stores" / str(network)
+        if not (folder / "index.json").exists():
+            harvest(
+                self.networks[network], self.train_files, HOOK, folder,
+                n_tokens=self.settings.n_tokens, context_length=self.settings.context_length,
+            )  # fmt: skip
+        return ActivationStore(folder)
+
+    def dictionary(self, plan: Plan) -> SparseDictionary:
+        """Return one dictionary, on the device of the run."""
+        of = self.settings
+        model = fitted(
+            plan, self.store(plan.transformer), of.out / "dictionaries", n_steps=of.n_steps,
+            batch_size=of.batch_size, l0=of.l0,
+        )  # fmt: skip
+        return model.to(of.device)
+
+    def posterior(self, plan: Plan) -> DictionaryPosterior | None:
+        """Return the directions' posterior, of a probabilistic dictionary."""
+        model = self.dictionary(plan)
+        if model.is_deterministic:
+            return None
+        folder = self.settings.out / "posteriors" / plan.name.replace(" ", "-")
+        if not folder.exists():
+            data = self.store(plan.transformer)
+            direction_posterior(model, data, data.n_tokens * 9 // 10).save(folder)
+        return DictionaryPosterior.load(folder)
+
+
+def text_facts(train: Tensor, held_out: Tensor, n_vocabulary: int) -> dict[str, Any]:
+    """Return the sizes, and the loss of a prediction that knows the tokens' frequencies alone."""
+    counts = torch.bincount(train.flatten(), minlength=n_vocabulary).double() + 1
+    return {
+        "training tokens": train.numel(),
+        "held-out tokens": held_out.numel(),
+        "unigram nll": float(-(counts / counts.sum()).log()[held_out].mean()),
+        "uniform nll": math.log(n_vocabulary),
+    }
+
+
+def measure_all(run: Run) -> None:
+    """Fill the rows: transformers, dictionaries, families, universality."""
+    of = run.settings
+    machine = f"{platform.machine()}, {of.threads} thread, {of.device}, torch {torch.__version__}"
+    run.row("run", lambda: {"machine": machine, "settings": plain(of)})
+    for seed in range(len(run.networks)):
+        losses = json.loads((of.out / f"transformer-{seed}" / "training.json").read_text())
+        run.row(f"transformer {seed}", lambda losses=losses: losses)
+    run.row("neurons", lambda: neurons_across(run.networks, run.token_ids))
+    for plan in plans(of.families, of.widths, of.compared_width):
+        network = run.networks[plan.transformer]
+        run.row(
+            plan.name,
+            lambda plan=plan, network=network: measure(
+                run.dictionary(plan), network, run.token_ids, of.n_draws
+            ),
+        )
+    for family in of.families:
+        compare(run, family)
+
+
+def compare(run: Run, family: str) -> None:
+    """Fill one family's rows of splitting and universality."""
+    of = run.settings
+    for widths in itertools.pairwise(of.widths):
+        pair = [Plan(family, width) for width in widths]
+        run.row(
+            f"splitting {family} {widths[0]} {widths[1]}",
+            lambda pair=pair: splitting(
+                run.dictionary(pair[0]), run.dictionary(pair[1]), run.networks[0], run.token_ids,
+                posteriors(run, pair), of.n_draws,
+            ),
+        )  # fmt: skip
+    plan = Plan(family, of.compared_width)
+    run.row(
+        f"universality {family} {of.compared_width}",
+        lambda: universality(
+            run.dictionary(plan), run.dictionary(again(plan)), run.dictionary(of_other(plan)),
+            run.networks, run.token_ids, run.posterior(plan),
+        ),
+    )  # fmt: skip
+
+
+def posteriors(
+    run: Run, pair: list[Plan]
+) -> tuple[DictionaryPosterior, DictionaryPosterior] | None:
+    """Return both directions' posteriors, or None of deterministic dictionaries."""
+    narrow, wide = (run.posterior(plan) for plan in pair)
+    return None if narrow is None or wide is None else (narrow, wide)
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Return the settings JSON-ready; of the text files, their names."""
+    values = dataclasses.asdict(settings) | {"text": [file.name for file in settings.text]}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def main(settings: Settings) -> None:
+    """Run, print the tables, and draw the plots under `out`."""
+    torch.set_num_threads(settings.threads)
+    run = Run(settings)
+    measure_all(run)
+    tables = markdown(run.rows)
+    (settings.out / "tables.md").write_text(tables)
+    plots.draw(run.rows, settings.out)
+    print(tables)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,151 @@
+"""The one-layer transformer: its training, its measures by hand, and a small version of it all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from experiments import language_models
+from experiments.language_models import contexts_of, train_
+from experiments.one_layer_transformer.fits import Plan, again, of_other, plans
+from experiments.one_layer_transformer.measure import N_BINS, random_directions, summary
+from experiments.one_layer_transformer.model import HOOK, split_text
+from experiments.one_layer_transformer.run import Settings, main
+from probsae.activations.language_model import load_language_model
+from probsae.lm import logit_effects
+from probsae.metrics import Correspondence
+
+
+def test_contexts_are_whole():
+    assert contexts_of(list(range(7)), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert contexts_of([0, 1], 3).shape == (0, 3)
+
+
+def test_texts_are_split_at_whole_characters(tmp_path):
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("0123456789", encoding="utf-8")
+    second.write_text("ä" * 10, encoding="utf-8")  # two bytes each
+    train, held_out = split_text([first, second], tmp_path / "out", 0.2)
+    assert [f.read_text(encoding="utf-8") for f in train] == ["01234567", "ä" * 10]
+    assert [f.read_text(encoding="utf-8") for f in held_out] == ["89", ""]
+    with pytest.raises(ValueError, match="different names"):
+        split_text([first, first], tmp_path / "other", 0.2)
+
+
+def tiny_network() -> GPTNeoXForCausalLM:
+    config = GPTNeoXConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, hidden_act="relu", max_position_embeddings=6,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(config)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models, "LOGGED_EVERY", 2)
+    monkeypatch.setattr(language_models, "CHECKPOINT_EVERY", 4)
+    token_ids = torch.randint(11, (20, 6), generator=torch.Generator().manual_seed(1))
+    options = {"n_steps": 10, "batch_size": 5, "learning_rate": 1e-2}
+
+    whole = tiny_network()
+    losses = train_(whole, token_ids, **options)
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+
+    step, n_done = language_models._step, 0
+
+    def killed(*args):
+        nonlocal n_done
+        if n_done == 7:
+            raise KeyboardInterrupt
+        n_done += 1
+        return step(*args)
+
+    monkeypatch.setattr(language_models, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_(tiny_network(), token_ids, **options, checkpoint=tmp_path / "c")
+    monkeypatch.setattr(language_models, "_step", step)
+    resumed = tiny_network()
+    assert train_(resumed, token_ids, **options, checkpoint=tmp_path / "c") == losses
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_dictionary_starts_on_its_own():
+    every = list(plans(("TopK", "ReLU"), (256, 512), 512))
+    assert len(every) == len({plan.name for plan in every}) == 8
+    plan = Plan("TopK", 512)
+    assert again(plan) in every
+    assert of_other(plan) in every
+    assert of_other(plan).transformer == 1
+    assert len({plan.seed, again(plan).seed, of_other(plan).seed}) == 3
+
+
+def test_random_directions_fire_as_often_as_they_should():
+    x = torch.rand(1_000, 6)
+    rates = torch.tensor([0.0, 0.01, 0.25, 0.9])
+    z = random_directions(x, rates)(x)
+    assert (z > 0).sum(0).tolist() == [0, 10, 250, 900]
+
+
+def test_summary_by_hand():
+    correlation = torch.tensor([[0.2, 0.6], [0.95, 0.1], [0.3, 0.4], [0.99, 0.99]])
+    is_alive = torch.tensor([True, True, True, False])
+    found = summary(Correspondence(correlation, correlation / 2), is_alive)
+    assert found["n"] == 3
+    assert found["quartiles"] == pytest.approx([0.5, 0.6, 0.775])
+    assert found["chance_quartiles"] == pytest.approx([0.25, 0.3, 0.3875])
+    assert found["share_above_.5"] == pytest.approx(2 / 3)
+    assert found["share_above_.9"] == pytest.approx(1 / 3)
+    assert found["chance_above_.5"] == 0
+    assert len(found["counts"]) == N_BINS
+    assert sum(found["counts"]) == 3
+    assert summary(Correspondence(correlation, correlation), ~is_alive & False)["n"] == 0
+
+
+@pytest.mark.slow
+def test_small_experiment_end_to_end_and_again(tmp_path, corpus, capsys):
+    settings = Settings(
+        text=tuple(corpus), out=tmp_path, n_vocabulary=300, context_length=16, model_steps=75,
+        model_batch_size=16, n_tokens=3_000, families=("SpikeSlab", "TopK"), widths=(24, 48),
+        compared_width=48, l0=6, n_steps=12, batch_size=256, n_held_out=150, n_draws=3,
+    )  # fmt: skip
+    main(settings)
+    tables = capsys.readouterr().out
+    rows = json.loads((tmp_path / "results.json").read_text())
+    fits = [name for name in rows if "transformer=" in name]
+    assert fits == [plan.name for plan in plans(settings.families, (24, 48), 48)]
+    assert rows["transformer 0"]["losses"][-1] < rows["text"]["uniform nll"]
+    assert rows["transformer 0"]["losses"] != rows["transformer 1"]["losses"]
+    for name in fits:
+        row = rows[name]
+        assert row["nll"] < rows["text"]["uniform nll"]
+        assert sum(row["density"]["counts"]) == int(name.split()[1])
+        assert row["neurons"]["random directions"]["n"] == row["alive"]
+        assert ("draw" in row["neurons"]) == ("nll_draws" in row) == name.startswith("SpikeSlab")
+        if name.startswith("TopK"):
+            assert row["l0"] <= 6
+    for family in settings.families:
+        split = rows[f"splitting {family} 24 48"]
+        for by in ("by direction", "by mean", "by p_active"):
+            assert split[by]["orphans"] <= split["children"]
+            assert split[by]["split"] + split[by]["childless"] <= split["parents"]
+        found = rows[f"universality {family} 48"]
+        assert 0 <= found["nearer to a neuron than to a feature"] <= 1
+        assert ("posterior" in split) == (family == "SpikeSlab")
+        assert ("doubt by direction variance" in found) == (family == "SpikeSlab")
+    assert len(rows["splitting SpikeSlab 24 48"]["posterior"]["split"]) == 3
+    assert "nan" not in tables
+    for name in ("loss", "density", "correlations"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+    # The transformer is one like any other: it loads, and a feature's effects reach the logits.
+    network = load_language_model(tmp_path / "transformer-0")
+    assert logit_effects(network, torch.eye(512)[:2], hook=HOOK).shape == (2, 300)
+    before = (tmp_path / "results.json").stat().st_mtime_ns
+    main(settings)  # everything is there: nothing is made again
+    assert (tmp_path / "results.json").stat().st_mtime_ns == before
+    assert capsys.readouterr().out == tables
