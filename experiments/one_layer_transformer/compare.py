@@ -29,10 +29,11 @@ UNIVERSAL = 0.5
 
 
 def direction_posterior(
-    model: SparseDictionary, data: ActivationStore, n_tokens: int
+    model: SparseDictionary, data: ActivationStore, l0: int
 ) -> DictionaryPosterior:
     """Return what the data leave open about the directions; the model stays as it is."""
-    return ps.polish(copy.deepcopy(model), data, n_tokens=n_tokens)
+    # A token with twice the usual number of features is still within its candidates.
+    return ps.polish(copy.deepcopy(model), data, n_candidates=2 * l0)
 
 
 def splitting(

@@ -50,7 +50,14 @@ def of_other(plan: Plan) -> Plan:
 
 
 def fitted(
-    plan: Plan, data: ActivationStore, out: Path, *, n_steps: int, batch_size: int, l0: int
+    plan: Plan,
+    data: ActivationStore,
+    out: Path,
+    *,
+    n_steps: int,
+    batch_size: int,
+    l0: int,
+    device: str,
 ) -> SparseDictionary:
     """Fit, go on with a fit that was killed, or read the finished one from `out`."""
     folder = out / plan.name.replace(" ", "-")
@@ -59,12 +66,12 @@ def fitted(
         model, callbacks = _new(plan, data, l0)
         ps.fit(
             model, data, n_steps=n_steps, batch_size=batch_size, seed=plan.seed,
-            callbacks=[*callbacks, Checkpoint(checkpoint, every=100)],
+            device=device, callbacks=[*callbacks, Checkpoint(checkpoint, every=100)],
             resume=checkpoint if checkpoint.exists() else None,
         )  # fmt: skip
         save(model, folder)
         shutil.rmtree(checkpoint, ignore_errors=True)
-    return load(folder)
+    return load(folder, device)
 
 
 def _new(

@@ -24,6 +24,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from experiments.calibration.measure import finite
 from experiments.one_layer_transformer import plots
 from experiments.one_layer_transformer.compare import (
     direction_posterior,
@@ -114,10 +115,13 @@ class Run:
         self.held_out = contexts(held_out, self.tokenizer, settings.context_length)
 
     def row(self, name: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Make and keep a row that is not there yet."""
+        """Make and keep a row that is not there yet; its draws do not depend on other rows'."""
         if name in self.rows:
             return
-        self.rows[name] = make()
+        cuda = [self.settings.device] if self.settings.device.startswith("cuda") else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(0)
+            self.rows[name] = finite(make())
         new = self.file.with_suffix(".new")
         new.write_text(json.dumps(self.rows, indent=1) + "\n")
         os.replace(new, self.file)
@@ -156,11 +160,10 @@ class Run:
     def dictionary(self, plan: Plan) -> SparseDictionary:
         """Return one dictionary, on the device of the run."""
         of = self.settings
-        model = fitted(
+        return fitted(
             plan, self.store(plan.transformer), of.out / "dictionaries", n_steps=of.n_steps,
-            batch_size=of.batch_size, l0=of.l0,
+            batch_size=of.batch_size, l0=of.l0, device=of.device,
         )  # fmt: skip
-        return model.to(of.device)
 
     def posterior(self, plan: Plan) -> DictionaryPosterior | None:
         """Return the directions' posterior, of a probabilistic dictionary."""
@@ -170,7 +173,7 @@ class Run:
         folder = self.settings.out / "posteriors" / plan.name.replace(" ", "-")
         if not folder.exists():
             data = self.store(plan.transformer)
-            direction_posterior(model, data, data.n_tokens * 9 // 10).save(folder)
+            direction_posterior(model, data, self.settings.l0).save(folder)
         return DictionaryPosterior.load(folder)
 
 

@@ -69,8 +69,8 @@ def splitting(rows: Rows) -> str:
             lines.append([
                 name, by.removeprefix("by "), str(row["parents"]), str(counts["split"]),
                 str(counts["childless"]), str(row["children"]), str(counts["orphans"]),
-                str(counts["largest"]), f"{counts['median similarity']:.2f}",
-                f"{counts['chance above']:.3f}", "-" if same is None else f"{same:.2f}",
+                str(counts["largest"]), _number(counts["median similarity"]),
+                f"{counts['chance above']:.3f}", _number(same),
             ])  # fmt: skip
     return _table(header, lines)
 
@@ -107,7 +107,7 @@ def doubts(rows: Rows) -> str:
         for doubt, score in row.items():
             if doubt.startswith("doubt by "):
                 values = (score["auroc"], score["baseline"], score["share_bad"])
-                lines.append([name, doubt.removeprefix("doubt by "), *map("{:.2f}".format, values)])
+                lines.append([name, doubt.removeprefix("doubt by "), *map(_number, values)])
     header = ["features", "doubt", "AUROC", "of minus the rate", "without counterpart"]
     return _table(header, lines)
 
@@ -124,6 +124,10 @@ def _law(law: dict[str, Any]) -> list[str]:
         f"{law['chance_quartiles'][1]:.2f}", f"{law['share_above_.5']:.2f}",
         f"{law['chance_above_.5']:.2f}", f"{law['share_above_.9']:.2f}",
     ]  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _range(values: list[int]) -> str:
