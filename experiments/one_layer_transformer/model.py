@@ -50,7 +50,8 @@ def _split(file: Path, folder: Path, held_out: float) -> None:
         (folder / "train" / file.name).open("w", encoding="utf-8") as train,
         (folder / "held_out" / file.name).open("w", encoding="utf-8") as rest,
     ):
-        while left > 0 and (piece := text.read(min(_PIECE, left))):
+        # A character has four bytes at most: so many never go far beyond the cut.
+        while left > 0 and (piece := text.read(max(1, min(_PIECE, left // 4)))):
             left -= len(piece.encode())
             train.write(piece)
         while piece := text.read(_PIECE):
@@ -74,10 +75,22 @@ def tokenizer(files: Sequence[Path], out: Path, n_tokens: int) -> PreTrainedToke
 
 
 def contexts(files: Sequence[Path], tokenize: PreTrainedTokenizerFast, length: int) -> Tensor:
-    """Return the texts' token ids, (context, position); a context never crosses texts."""
+    """Return the texts' token ids, (context, position); a context never crosses texts.
+
+    Raises
+    ------
+    ValueError
+        If no text has a whole context.
+    """
     texts = [file.read_text(encoding="utf-8") for file in files]
     ids = tokenize(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.cat([contexts_of(own, length) for own in ids])
+    whole = torch.cat([contexts_of(own, length) for own in ids])
+    if len(whole) == 0:
+        raise ValueError(
+            f"the text must have at least one context of {length} tokens, got at most "
+            f"{max(map(len, ids))}; pass longer text, or a shorter context_length"
+        )
+    return whole
 
 
 def transformer(
