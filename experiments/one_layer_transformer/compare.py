@@ -97,6 +97,9 @@ def _uncertain(
         draws = [p.sample(n_draws)[:, keep] for p, keep in zip(posteriors, alive, strict=True)]
     found = ps.metrics.family_posterior(draws[0], draws[1], UNIVERSAL)
     return {
+        # Of the polished directions: polish may turn them away from the fit's.
+        "split of mean": found.mean.n_split,
+        "orphans of mean": found.mean.n_orphans,
         "split": found.n_split.tolist(),
         "orphans": found.n_orphans.tolist(),
         "certain of their parent": float((found.p_parent == 1).double().mean()),

@@ -79,14 +79,16 @@ def posteriors(rows: Rows) -> str:
     """Return what uncertain directions leave open about families."""
     lines = [
         [
-            name, str(row["by direction"]["split"]), _range(row["posterior"]["split"]),
-            str(row["by direction"]["orphans"]), _range(row["posterior"]["orphans"]),
+            name, str(row["posterior"]["split of mean"]), _range(row["posterior"]["split"]),
+            str(row["posterior"]["orphans of mean"]), _range(row["posterior"]["orphans"]),
             f"{row['posterior']['certain of their parent']:.3f}",
         ]
         for name, row in _starting(rows, "splitting ")
         if "posterior" in row
     ]  # fmt: skip
-    header = ["pair", "split", "in draws", "orphans", "in draws", "children with one parent"]
+    header = [
+        "pair, polished", "split", "in draws", "orphans", "in draws", "children with one parent",
+    ]  # fmt: skip
     return _table(header, lines)
 
 

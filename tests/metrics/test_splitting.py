@@ -85,7 +85,7 @@ def test_p_parent_is_the_chance_of_a_side():
     With its mean moved by one deviation of the difference it keeps the nearer one with
     probability Phi(1).
     """
-    n_draws, scale = 4_000, 0.01
+    n_draws, scale = 1_000, 0.01
     noise = torch.randn(n_draws, 1, 2, generator=torch.Generator().manual_seed(0))
     child = torch.tensor([[1.0 + scale * math.sqrt(2), 1.0]]) + scale * noise
     found = family_posterior(torch.eye(2).expand(n_draws, 2, 2), child)
