@@ -1,4 +1,4 @@
-"""`probsae`: compare | fit | polish | evaluate | inspect | report | harvest."""
+"""`probsae`: compare | fit | polish | evaluate | inspect | report | harvest | study."""
 
 from __future__ import annotations
 
@@ -318,9 +318,41 @@ def harvest(
             print(f"  {remark}")
 
 
+def study(
+    out: Path = Path("runs/study"),
+    scale: Literal["small", "full"] = "small",
+    seed: int = 0,
+    device: str | None = None,
+    ray: bool = False,
+    ray_address: str | None = None,
+) -> None:
+    """Run the seed study: data, classical methods, a grid of L1 SAEs, and the answer to it.
+
+    A run that was stopped or killed goes on where it was; what is finished is only drawn again.
+
+    Args:
+        out: Folder of the study, which gets one folder a scale.
+        scale: small: a quarter of each width; full: the study's own 96 SAEs, for a GPU.
+        seed: Of the data and of all fits.
+        device: A GPU where there is one, by default.
+        ray: Run groups of fits as Ray tasks, on this machine or a cluster.
+        ray_address: Of a running cluster.
+    """
+    from probsae.study import FULL, SMALL, run_study
+
+    sizes = SMALL if scale == "small" else FULL
+    folder = out / (scale if seed == 0 else f"{scale}-seed={seed}")
+    page = run_study(
+        folder, sizes, seed=seed, device=device, ray=ray or ray_address is not None,
+        ray_address=ray_address,
+    )  # fmt: skip
+    print((page.parent / "answer.md").read_text())
+    print(f"written: {page}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what a user can put right ends in one line and exit code 2."""
-    verbs = (compare, fit, polish, evaluate, inspect, report, harvest)
+    verbs = (compare, fit, polish, evaluate, inspect, report, harvest, study)
     commands = {verb.__name__: verb for verb in verbs}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="probsae", args=arguments)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from probsae.activations.shards import write_bytes
 from probsae.evaluate import Report
@@ -21,6 +21,10 @@ from probsae.report.comparison import comparison_table
 from probsae.report.features import FeatureData
 from probsae.report.payload import feature_payload, finite
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_MISSING = "pages need jinja2 and vl-convert-python: pip install 'probsae[report]'"
 # Read in this order; what a script needs stands in those before it.
 _SCRIPTS = ("format.js", "data.js", "charts.js", "detail.js", "grid.js", "pages.js")
 
@@ -111,6 +115,30 @@ def render(page: Page) -> str:
     )
 
 
+def template_environment() -> Environment:
+    """Return what templates of pages are read in: text is escaped, unknown names are errors.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(_MISSING) from error
+    environment = Environment(
+        loader=PackageLoader("probsae.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # NaN is no JSON; the keys' order is the methods'.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
+
+
 @cache
 def load_template() -> tuple[Any, str, str]:
     """Return the page's template, its script, and Vega's; bundling the last takes seconds.
@@ -120,24 +148,14 @@ def load_template() -> tuple[Any, str, str]:
     ModuleNotFoundError
         If jinja2 or vl-convert-python are not installed.
     """
+    environment = template_environment()
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
         from vl_convert import javascript_bundle
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the feature browser needs jinja2 and vl-convert-python: pip install 'probsae[report]'"
-        ) from error
-    loader = PackageLoader("probsae.report")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # NaN is no JSON; the keys' order is the methods'.
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    sources = (loader.get_source(environment, name)[0] for name in _SCRIPTS)
+        raise ModuleNotFoundError(_MISSING) from error
+    assert environment.loader is not None
+    read = environment.loader.get_source
+    sources = (read(environment, name)[0] for name in _SCRIPTS)
     vega = javascript_bundle("window.vegaEmbed = vegaEmbed;")
     # In functions of their own: neither's names are seen by the other.
     return (

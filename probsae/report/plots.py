@@ -31,7 +31,7 @@ def recovery_by_rate(
     firing_probability : Tensor, shape (feature,)
         How often each is active.
     """
-    figure, axes = _figure(7, 4.5)
+    figure, axes = new_figure(7, 4.5)
     order = firing_probability.argsort(descending=True)
     bins = order.split(_FEATURES_IN_BIN)
     rates = [float(firing_probability[index].mean()) for index in bins]
@@ -62,7 +62,7 @@ def reliability_diagram(predictions: Mapping[str, tuple[Tensor, Tensor]]) -> Fig
     predictions : mapping from name to (p_active, is_true)
         Matched columns: probabilities and events of the same shape.
     """
-    figure, axes = _figure(5.5, 5)
+    figure, axes = new_figure(5.5, 5)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
     for name, (p_active, is_true) in predictions.items():
         bins = calibration.reliability(p_active, is_true)
@@ -83,7 +83,7 @@ def reliability_diagram(predictions: Mapping[str, tuple[Tensor, Tensor]]) -> Fig
 
 def loss_curves(histories: Mapping[str, Mapping[str, list]]) -> Figure:
     """Draw fvu and expected l0 of each fit's batches against steps."""
-    figure, (left, right) = _figure(10, 4, columns=2)
+    figure, (left, right) = new_figure(10, 4, columns=2)
     for name, history in histories.items():
         left.plot(history["step"], history["fvu"], label=name)
         right.plot(history["step"], history["l0"], label=name)
@@ -107,7 +107,7 @@ def tsne(x: Tensor, z: Tensor, seed: int = 0) -> Figure:
 
     points = TSNE(random_state=seed, init="pca", perplexity=30).fit_transform(x.numpy())
     frequency = (z != 0).sum(0).argsort(descending=True).argsort()
-    figure, axes = _figure(6, 5)
+    figure, axes = new_figure(6, 5)
     is_any = (z != 0).any(1).numpy()
     axes.scatter(*points[~is_any].T, s=4, color="lightgrey", label="no active feature")
     drawn = axes.scatter(
@@ -118,11 +118,11 @@ def tsne(x: Tensor, z: Tensor, seed: int = 0) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
     """Return a figure that belongs to no window, and its axes."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'probsae[report]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)

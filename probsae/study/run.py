@@ -1,0 +1,103 @@
+"""Run a study: what is missing, then the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from probsae.study.execute import execute
+from probsae.study.folder import StudyFolder
+from probsae.study.group import Files, Group
+from probsae.study.plan import plan, summaries
+from probsae.study.ray_tasks import execute_on_ray
+from probsae.study.report import check_packages, write_report
+from probsae.study.scale import Scale
+
+
+def run_study(
+    path: str | Path,
+    scale: Scale,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    ray: bool = False,
+    ray_address: str | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Run every group that has no results in `path` yet, and draw the report from all of them.
+
+    A run that was killed goes on where it was: what a finished group left is never touched, and
+    nothing of an unfinished one is there.
+
+    Parameters
+    ----------
+    path : str or Path
+        The study's folder.
+    scale : Scale
+        `FULL`, `SMALL`, or sizes of your own.
+    seed : int, default 0
+        Of the data and of all fits.
+    device : str, optional
+        Where to fit; a GPU where there is one, by default.
+    ray : bool, default False
+        Run the groups as Ray tasks, each on one CPU, or one GPU where the cluster has any.
+    ray_address : str, optional
+        Of a running cluster; where None, Ray is started on this machine.
+    progress : bool, optional
+        Show a bar; by default on terminals.
+
+    Returns
+    -------
+    Path
+        Of the report, a page of HTML; its pictures lie beside it.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` holds a study of another scale or seed.
+    ModuleNotFoundError
+        If Ray is asked for and not installed, or the report could not be drawn.
+    """
+    check_packages()
+    folder = StudyFolder(Path(path), scale, seed)
+    run_groups(
+        folder, plan(scale, seed), device=device, ray=ray, ray_address=ray_address,
+        progress=progress,
+    )  # fmt: skip
+    run_groups(folder, summaries(scale, seed, folder.groups), device=device, progress=progress)
+    return write_report(folder.path)
+
+
+def run_groups(
+    folder: StudyFolder,
+    groups: Sequence[Group],
+    *,
+    device: str | None = None,
+    ray: bool = False,
+    ray_address: str | None = None,
+    progress: bool | None = None,
+) -> None:
+    """Run those of `groups` that have no results in `folder` yet; as for `run_study`."""
+    missing = folder.missing(groups)
+    if not missing:
+        return
+    if ray:
+        results: Iterable[tuple[Group, Files]] = execute_on_ray(missing, device, ray_address)
+    else:
+        results = _execute_here(missing, device)
+    bar = tqdm(
+        total=len(groups), initial=len(groups) - len(missing), unit="group",
+        disable=None if progress is None else not progress,
+    )  # fmt: skip
+    with bar:
+        for group, files in results:
+            folder.write(group, files)
+            bar.set_postfix_str(group.name)
+            bar.update()
+
+
+def _execute_here(groups: Sequence[Group], device: str | None) -> Iterator[tuple[Group, Files]]:
+    for group in groups:
+        yield group, execute(group, device)
