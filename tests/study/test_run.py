@@ -96,7 +96,8 @@ def test_a_killed_study_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_ray_loses_nothing_and_runs_nothing_twice_when_a_worker_is_killed(folder, log, monkeypatch):
-    ray = pytest.importorskip("ray")
+    import ray  # seconds, for this test alone
+
     # Without it ray warns of what it will do to a GPU's variables one day.
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
