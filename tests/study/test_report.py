@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -97,18 +96,3 @@ def test_a_missing_group_is_named(study):
     with pytest.raises(FileNotFoundError, match=r"lacks 1 groups.*correlated-ratio=2"):
         write_report(study)
     results.write_bytes(content)
-
-
-@pytest.mark.slow
-def test_small_runs_whole_and_finds_features(tmp_path):
-    """The command as a user runs it, to the end."""
-    main(["study", "--out", str(tmp_path), "--device", "cpu"])
-    results = read_results(tmp_path / "small")
-    for is_correlated in (False, True):
-        answer = results.of(results.answer, is_correlated).set_index(["method", "ratio"])
-        best = answer.loc[("SpikeSlab", 2)]
-        assert best["mmcs"] > best["mmcs_chance"] + 0.2
-        grid = results.of(results.grid, is_correlated)
-        assert (grid["mmcs"] - grid["mmcs_chance"]).max() > 0.2
-        assert grid["failure"].isna().all()
-        assert np.isfinite(grid["fvu"]).all()
