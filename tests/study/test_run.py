@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +81,8 @@ def test_a_folder_keeps_to_its_study(folder):
 @pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path):
     log = tmp_path / "log"
-    process = subprocess.Popen([sys.executable, "-m", "tests.study.kill_me", str(tmp_path)])
+    command = [sys.executable, "-m", "tests.study.kill_me", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     try:
         assert wait_for_start(log, 2) == process.pid
     finally:
