@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -59,7 +60,8 @@ def _line(name: str, ratio: str, row: pd.Series) -> list[str]:
     return [name, ratio, *(_cell(column, row.get(column)) for column in _COLUMNS)]
 
 
-def _cell(column: str, value: float | None) -> str:
+def _cell(column: str, value: Any) -> str:
+    """Print a number of any kind, NumPy's included."""
     if value is None or pd.isna(value):
         return "-"
     return f"{value:,.0f}" if column in ("d_sae", "alive") else f"{value:.3f}"
