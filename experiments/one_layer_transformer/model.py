@@ -38,7 +38,7 @@ def split_text(files: Sequence[Path], out: Path, held_out: float) -> tuple[list[
         with atomic_write(out) as folder:
             for file in files:
                 _split(file, folder, held_out)
-    return tuple([out / part / name for name in names] for part in ("train", "held_out"))  # pyright: ignore[reportReturnType]
+    return [out / "train" / name for name in names], [out / "held_out" / name for name in names]
 
 
 def _split(file: Path, folder: Path, held_out: float) -> None:
@@ -115,8 +115,9 @@ def transformer(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = GPTNeoXForCausalLM(_config(len(tokenize), token_ids.shape[1], d_model, d_mlp))
+            torch.nn.Module.to(network, device)  # transformers' own `to` has no types
             losses = train_(
-                network.to(device), token_ids.to(device), n_steps=n_steps,
+                network, token_ids.to(device), n_steps=n_steps,
                 batch_size=batch_size, learning_rate=learning_rate, checkpoint=checkpoint,
             )  # fmt: skip
         with atomic_write(out) as folder:

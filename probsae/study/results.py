@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -16,6 +16,11 @@ from probsae.study.group import RESULT
 from probsae.study.plan import plan, summaries
 from probsae.study.scale import Scale
 
+Frame: TypeAlias = Any
+"""A pandas.DataFrame; what a checker infers of its columns is too wide to be of use."""
+Line: TypeAlias = Any
+"""A line of one, pandas.Series."""
+
 
 @dataclass(frozen=True)
 class Results:
@@ -23,17 +28,17 @@ class Results:
 
     scale: Scale
     seed: int
-    exploration: pd.DataFrame
+    exploration: Frame
     """A line for each data set."""
-    classical: pd.DataFrame
+    classical: Frame
     """A line for each method, data set and number of tokens."""
-    grid: pd.DataFrame
+    grid: Frame
     """A line for each SAE."""
-    answer: pd.DataFrame
+    answer: Frame
     """A line for each probabilistic dictionary."""
-    agreement: pd.DataFrame
+    agreement: Frame
     """A line for each SAE and larger SAE."""
-    provenance: pd.DataFrame
+    provenance: Frame
     """A line for each group."""
 
     @property
@@ -41,7 +46,7 @@ class Results:
         """Of the data sets, ascending."""
         return sorted(self.scale.decays)
 
-    def of(self, table: pd.DataFrame, is_correlated: bool) -> pd.DataFrame:
+    def of(self, table: Frame, is_correlated: bool) -> Frame:
         """Return the lines of one of the two data sets that the whole grid was run on."""
         is_main = table["decay"] == self.scale.grid_decay
         return table[is_main & (table["is_correlated"] == is_correlated)]
@@ -79,7 +84,7 @@ def _rows(groups: Path, kind: str) -> Iterator[dict[str, Any]]:
             yield {**facts, **row}
 
 
-def _provenance(groups: Path) -> pd.DataFrame:
+def _provenance(groups: Path) -> Frame:
     # A killed run's unfinished groups have names that begin with a dot.
     files = [file for file in groups.glob(f"*/{PROVENANCE}") if file.parent.name[0] != "."]
     return pd.DataFrame([json.loads(file.read_text()) for file in sorted(files)])

@@ -68,7 +68,11 @@ class Scale:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Scale:
         """Read what `to_dict` returned."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**fields)
 
 
 FULL = Scale(

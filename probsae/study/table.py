@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from probsae.study.results import Results
+from probsae.study.results import Line, Results
 from probsae.study.sections.answer import MEASURES, best_of_grid
 from probsae.study.sections.section import DATA_NAMES
 
@@ -56,7 +56,7 @@ def _table(results: Results, is_correlated: bool) -> AnswerTable:
     return AnswerTable(title, head, lines)
 
 
-def _line(name: str, ratio: str, row: pd.Series) -> list[str]:
+def _line(name: str, ratio: str, row: Line) -> list[str]:
     return [name, ratio, *(_cell(column, row.get(column)) for column in _COLUMNS)]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from probsae.report.plots import new_figure
-from probsae.study.results import Results
+from probsae.study.results import Frame, Line, Results
 from probsae.study.sections.section import DATA_NAMES, Section
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def sections(results: Results) -> list[Section]:
     return [_section(results, is_correlated) for is_correlated in DATA_NAMES]
 
 
-def best_of_grid(grid: pd.DataFrame, measure: str) -> pd.Series | None:
+def best_of_grid(grid: Frame, measure: str) -> Line | None:
     """Return the SAE with the best figure; None where SAEs have none, or neither way is better."""
     is_higher_better = MEASURES[measure][1]
     values = grid[measure].astype(float)
@@ -59,7 +58,7 @@ def _section(results: Results, is_correlated: bool) -> Section:
     )
 
 
-def _verdicts(grid: pd.DataFrame, answer: pd.DataFrame) -> str:
+def _verdicts(grid: Frame, answer: Frame) -> str:
     """Count for each measure where a fit without sweep is better than the best of the sweep."""
     parts = []
     for measure, (label, is_higher_better) in MEASURES.items():
@@ -80,7 +79,7 @@ def _verdicts(grid: pd.DataFrame, answer: pd.DataFrame) -> str:
     return " ".join(parts)
 
 
-def _surplus(results: Results, answer: pd.DataFrame, grid: pd.DataFrame) -> str:
+def _surplus(results: Results, answer: Frame, grid: Frame) -> str:
     """Say what became of the largest dictionaries' surplus, and of the smallest ones."""
     parts = []
     for word, ratio in (
@@ -98,7 +97,7 @@ def _surplus(results: Results, answer: pd.DataFrame, grid: pd.DataFrame) -> str:
     return f"{' '.join(parts)} {there_are} One seed: small differences may be chance."
 
 
-def _draw(results: Results, grid: pd.DataFrame, answer: pd.DataFrame) -> Figure:
+def _draw(results: Results, grid: Frame, answer: Frame) -> Figure:
     figure, panels = new_figure(14, 6.5, columns=4, rows=2)
     for axes, measure in zip(np.ravel(panels), MEASURES, strict=True):
         _draw_measure(axes, measure, grid, answer)
@@ -112,7 +111,7 @@ def _draw(results: Results, grid: pd.DataFrame, answer: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_measure(axes: Any, measure: str, grid: pd.DataFrame, answer: pd.DataFrame) -> None:
+def _draw_measure(axes: Any, measure: str, grid: Frame, answer: Frame) -> None:
     by_ratio = grid.assign(value=grid[measure].astype(float)).groupby("ratio")["value"]
     low, high = by_ratio.min(), by_ratio.max()
     if low.notna().any():

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from probsae.report.plots import new_figure
-from probsae.study.results import Results
+from probsae.study.results import Frame, Results
 from probsae.study.sections.section import DATA_NAMES, Section
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ def _draw(results: Results) -> Figure:
     return figure
 
 
-def _chance(results: Results, table: pd.DataFrame) -> float:
+def _chance(results: Results, table: Frame) -> float:
     """Return the chance level of the methods that have as many directions as features."""
     is_full = table["d_sae"] == results.scale.n_features
     return float(table.loc[is_full, "mmcs_chance"].iloc[0])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from probsae.report.plots import new_figure
-from probsae.study.results import Results
+from probsae.study.results import Frame, Results
 from probsae.study.sections.section import DATA_NAMES, NOT_RECORDED, Section
 
 if TYPE_CHECKING:
@@ -80,14 +79,14 @@ def _answer_section(results: Results, is_correlated: bool) -> Section:
     )
 
 
-def _dead_findings(grid: pd.DataFrame) -> str:
+def _dead_findings(grid: Frame) -> str:
     last = grid["history"].map(lambda h: h["n_dead"][-1]) / grid["d_sae"]
     by_ratio = last.groupby(grid["ratio"]).mean()
     parts = ", ".join(f"{share:.0%} at {ratio:g}" for ratio, share in by_ratio.items())
     return f"Share of entries dead at the end, mean over penalties, by ratio: {parts}."
 
 
-def _learned_findings(table: pd.DataFrame) -> str:
+def _learned_findings(table: Frame) -> str:
     n_unlearned = table["history"].map(lambda h: sum(h["n_unlearned"])).sum()
     n_moved = table["history"].map(lambda h: sum(h["n_moved"])).sum()
     n_learned = table["history"].map(lambda h: sum(h["n_newly_learned"])).sum()
@@ -108,7 +107,7 @@ def _values(name: str, row: Any) -> np.ndarray:
     return counts.cumsum() if name in ("moved", "unlearned") else counts
 
 
-def _draw(table: pd.DataFrame, by: str, curves: dict[str, str]) -> Figure:
+def _draw(table: Frame, by: str, curves: dict[str, str]) -> Figure:
     """Draw a row of panels for each curve, a panel for each value of the column `by`."""
     values_of_by, ratios = list(table[by].unique()), sorted(table["ratio"].unique())
     n_rows = len(curves)

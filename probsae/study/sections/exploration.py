@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from probsae.report.plots import new_figure
-from probsae.study.results import Results
+from probsae.study.results import Frame, Results
 from probsae.study.sections.section import DATA_NAMES, Section
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def section(results: Results) -> Section:
     )
 
 
-def _draw(results: Results, table: pd.DataFrame) -> Figure:
+def _draw(results: Results, table: Frame) -> Figure:
     n_rows = len(results.decays)
     figure, grid = new_figure(9, 3.6 * n_rows, columns=2, rows=n_rows)
     drawn = None
@@ -53,5 +52,6 @@ def _draw(results: Results, table: pd.DataFrame) -> Figure:
         )
         axes.set(xticks=[], yticks=[])
         axes.set_title(f"decay {row.decay:g}, {DATA_NAMES[bool(row.is_correlated)]}")
+    assert drawn is not None  # there is a data set for each panel
     figure.colorbar(drawn, ax=grid, label="strongest feature, by falling frequency", shrink=0.5)
     return figure

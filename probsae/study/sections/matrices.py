@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from probsae.report.plots import new_figure
-from probsae.study.results import Results
+from probsae.study.results import Frame, Results
 from probsae.study.sections.section import DATA_NAMES, NOT_RECORDED, Section
 
 if TYPE_CHECKING:
@@ -46,12 +45,12 @@ def _section(results: Results, is_correlated: bool) -> Section:
     )
 
 
-def _matrices(results: Results, is_correlated: bool) -> dict[str, pd.DataFrame]:
+def _matrices(results: Results, is_correlated: bool) -> dict[str, Frame]:
     grid = results.of(results.grid, is_correlated)
     grid = grid.assign(dead=1 - grid["alive"] / grid["d_sae"])
     pairs = results.of(results.agreement, is_correlated)
 
-    def matrix(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    def matrix(table: Frame, name: str) -> Frame:
         return table.pivot_table(index="penalty", columns="ratio", values=name, aggfunc="mean")
 
     matrices = {name: matrix(grid, name) for name in ("fvu", "mmcs", "dead")}
@@ -59,7 +58,7 @@ def _matrices(results: Results, is_correlated: bool) -> dict[str, pd.DataFrame]:
     return {name: matrices[name] for name in _TITLES}
 
 
-def _findings(matrices: dict[str, pd.DataFrame], grid: pd.DataFrame) -> str:
+def _findings(matrices: dict[str, Frame], grid: Frame) -> str:
     best, least = grid.loc[grid["mmcs"].idxmax()], grid.loc[grid["fvu"].idxmin()]
     agreement = matrices["agreement"].stack()
     penalty, ratio = agreement.idxmax()
@@ -76,7 +75,7 @@ def _findings(matrices: dict[str, pd.DataFrame], grid: pd.DataFrame) -> str:
     return text + (f" {n_failed} of {len(grid)} fits diverged." if n_failed else "")
 
 
-def _draw(matrices: dict[str, pd.DataFrame]) -> Figure:
+def _draw(matrices: dict[str, Frame]) -> Figure:
     figure, grid = new_figure(12, 8, columns=2, rows=2)
     for axes, (name, matrix) in zip(np.ravel(grid), matrices.items(), strict=True):
         drawn = axes.imshow(matrix.to_numpy(), aspect="auto", cmap="viridis")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from scipy.stats import spearmanr
 
 from probsae.report.plots import new_figure
-from probsae.study.results import Results
+from probsae.study.results import Frame, Line, Results
 from probsae.study.sections.section import DATA_NAMES, NOT_RECORDED, Section
 from probsae.synthetic import firing_probability
 
@@ -33,10 +32,10 @@ def section(results: Results) -> Section:
     )
 
 
-def _chosen(results: Results, decay: float, is_correlated: bool) -> dict[str, pd.Series]:
+def _chosen(results: Results, decay: float, is_correlated: bool) -> dict[str, Line]:
     """Return the best SAE and the probabilistic dictionaries of one data set at ratio 1."""
 
-    def here(table: pd.DataFrame) -> pd.DataFrame:
+    def here(table: Frame) -> Frame:
         is_data = (table["decay"] == decay) & (table["is_correlated"] == is_correlated)
         return table[is_data & (table["ratio"] == 1)]
 
@@ -56,7 +55,7 @@ def _findings(results: Results) -> str:
                 cosine = np.array(row["cosine"])
                 text = f"{name} {np.mean(cosine > _FOUND):.0%}"
                 if np.ptp(p) > 0 and np.ptp(cosine) > 0:
-                    rank = spearmanr(p, cosine).statistic
+                    rank, _ = spearmanr(p, cosine)
                     text += f" (rank correlation with the probability {rank:.2f})"
                 figures.append(text)
             parts.append(f"Decay {decay:g}, {kind}: {', '.join(figures)}.")
