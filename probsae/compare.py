@@ -15,6 +15,9 @@ from probsae.inference.fit import fit
 from probsae.models.base import SparseDictionary
 from probsae.synthetic import SyntheticActivations
 
+# 80,000 active codes: F1 to .002, and half the time of `evaluate`'s own default.
+_N_EVALUATION_TOKENS = 16_384
+
 Build = Callable[[SyntheticActivations, int], SparseDictionary | Baseline]
 
 
@@ -49,7 +52,7 @@ STORY: dict[str, Build] = {
     "TopK": _topk("TopKSAE"),
     "KMeans": _baseline("KMeans", 50_000),
     "PCA": _baseline("PCA"),
-    "ICA": _baseline("ICA", 20_000),
+    "ICA": _baseline("ICA", 10_000),
 }
 """The methods that tell the story."""
 
@@ -140,7 +143,7 @@ def compare(
             histories[name] = result.history
         dictionaries[name] = dictionary
     with _spinner("evaluation", progress):
-        report = evaluate(dictionaries, data, seed=seed + 1)
+        report = evaluate(dictionaries, data, n_tokens=_N_EVALUATION_TOKENS, seed=seed + 1)
     return Comparison(report, dictionaries, histories)
 
 
