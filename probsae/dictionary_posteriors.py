@@ -19,6 +19,7 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.elbo import require_linear_decoder
 from probsae.inference.refine import refine
 from probsae.metrics.stability import align
+from probsae.metrics.streams import own_stream
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
 from probsae.models.code_priors import SpikeSlabPrior
 from probsae.posterior import assemble
@@ -88,8 +89,8 @@ def dictionaries_to_arviz(
     TypeError
         If a model is deterministic.
     ValueError
-        If there are none, their shapes differ, the decoder is not linear, or the draws would
-        take more than half a gigabyte.
+        If there are none, their shapes differ, the decoder is not linear, a feature is not one of
+        theirs, or the draws would take more than half a gigabyte.
 
     Notes
     -----
@@ -111,13 +112,11 @@ def dictionaries_to_arviz(
     """
     _check(models, posteriors, n_draws, n_importance)
     x = check_activations(x, models[0].d_in).to(models[0].b_dec)
-    features = list(range(models[0].d_sae)) if features is None else list(features)
+    features = _check_features(features, models[0].d_sae)
     _check_size(models[0], len(x), len(features), len(models) * n_draws, n_importance)
     reference = posteriors[0].mean
     index = align([p.mean for p in posteriors]).index.to(reference.device)
-    devices = [x.device] if x.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with own_stream("dictionaries", seed, x.device):
         chains = [
             _chain(
                 model,
@@ -253,6 +252,13 @@ def _check(
         if model.is_deterministic:
             raise TypeError(f"{type(model).__name__} has no posterior to draw from")
         require_linear_decoder(model)
+
+
+def _check_features(features: Sequence[int] | None, d_sae: int) -> list[int]:
+    chosen = list(range(d_sae)) if features is None else list(features)
+    if not chosen or not 0 <= min(chosen) <= max(chosen) < d_sae:
+        raise ValueError(f"features must be some of 0 to {d_sae - 1}, got {chosen}")
+    return chosen
 
 
 def _check_size(

@@ -135,6 +135,9 @@ def test_laplace_and_bad_input(polished):
         ps.dictionaries_to_arviz(models, posteriors[:1], x)
     with pytest.raises(ValueError, match="one shape"):
         ps.dictionaries_to_arviz([models[0], ps.SpikeSlabDictionary(D_IN, 9)], posteriors, x)
+    for features in ([D_SAE], [-1], []):
+        with pytest.raises(ValueError, match="features must be"):
+            ps.dictionaries_to_arviz(models, posteriors, x, features=features)
     with pytest.raises(ValueError, match="n_draws"):
         ps.dictionaries_to_arviz(models, posteriors, x, n_draws=0)
     with pytest.raises(ValueError, match="gigabyte"):
