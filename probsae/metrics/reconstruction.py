@@ -8,7 +8,7 @@ from torch import Tensor
 
 def mse(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
     """Squared error summed over d_in, mean over tokens; squared units of x, lower is better."""
-    _check(x, x_hat)
+    x, x_hat = _checked(x, x_hat)
     return float((x - x_hat).square().sum(-1).double().mean())
 
 
@@ -23,15 +23,16 @@ def fvu(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> f
     ValueError
         If the shapes differ, or all tokens are equal: there is no variance to explain.
     """
-    _check(x, x_hat)
+    x, x_hat = _checked(x, x_hat)
     total = (x - x.mean(dim=0)).square().double().sum()
     if not total > 0:
         raise ValueError("x must hold at least two different tokens to have a variance")
     return float((x - x_hat).square().double().sum() / total)
 
 
-def _check(x: Tensor, x_hat: Tensor) -> None:
+def _checked(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape != x_hat.shape:
         raise ValueError(
             f"x and x_hat must have one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}"
         )
+    return x.detach(), x_hat.detach()

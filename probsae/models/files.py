@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from probsae.models.base import SparseDictionary
 
@@ -41,17 +43,25 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(folder, path)
 
 
-def save_dictionary(model: SparseDictionary, folder: Path) -> None:
-    """Write the two files of `model` into an existing folder."""
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
-    config = {
+def describe(model: SparseDictionary) -> dict[str, Any]:
+    """Return what `rebuild` needs beside the tensors, JSON-ready."""
+    return {
         "class": type(model).__name__,
         "probsae_version": version("probsae"),
         "hyperparameters": model.hyperparameters(),
         "n_tokens": model.n_tokens,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def save_tensors(model: SparseDictionary, file: Path) -> None:
+    """Write the model's tensors as safetensors."""
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, file)
+
+
+def save_dictionary(model: SparseDictionary, folder: Path) -> None:
+    """Write the two files of `model` into an existing folder."""
+    save_tensors(model, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(describe(model), indent=2))
 
 
 def save(model: SparseDictionary, path: str | Path) -> None:
@@ -85,8 +95,6 @@ def load(path: str | Path, device: str = "cpu") -> SparseDictionary:
     ValueError
         If a file is damaged, or names a class or shapes that do not fit.
     """
-    import probsae.models as models  # the package imports this module first
-
     path = Path(path)
     for name in ("config.json", "model.safetensors"):
         if not (path / name).exists():
@@ -97,16 +105,28 @@ def load(path: str | Path, device: str = "cpu") -> SparseDictionary:
     try:
         config = json.loads((path / "config.json").read_text())
         tensors = load_file(path / "model.safetensors", device=device)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{path} does not hold a readable dictionary: {error!r}") from error
+    return rebuild(config, tensors, path, device)
+
+
+def rebuild(
+    config: dict[str, Any], tensors: dict[str, Tensor], origin: Path, device: str
+) -> SparseDictionary:
+    """Return the model that `describe` described, with its tensors; `origin` is for errors."""
+    import probsae.models as models  # the package imports this module first
+
+    try:
         model_class = getattr(models, config["class"], None)
         hyperparameters = config["hyperparameters"]
-    except (json.JSONDecodeError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} does not hold a readable dictionary: {error!r}") from error
+    except KeyError as error:
+        raise ValueError(f"{origin} does not hold a readable dictionary: {error!r}") from error
     if not (isinstance(model_class, type) and issubclass(model_class, SparseDictionary)):
-        raise ValueError(f"{path} was saved as {config['class']!r}, which probsae does not have")
+        raise ValueError(f"{origin} was saved as {config['class']!r}, which probsae does not have")
     model = model_class(**hyperparameters).to(device)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"the tensors in {path} do not fit its config.json: {error}") from error
+        raise ValueError(f"the tensors in {origin} do not fit its config.json: {error}") from error
     model.n_tokens = config.get("n_tokens")
     return model.eval()
