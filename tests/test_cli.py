@@ -102,6 +102,7 @@ def test_corrupt_shard_stops_a_fit(tmp_path, store, capsys):
     assert "shard-00001" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_harvest_then_fit_smollm2(tmp_path, smollm2, corpus):
     run(
         "harvest", smollm2.name, "--hook", "model.layers.1", "--out", tmp_path / "store",

@@ -21,6 +21,7 @@ def test_scikit_learn_checks(estimator, check):
     check(estimator)
 
 
+@pytest.mark.slow
 def test_finds_known_features_and_gives_probabilities():
     data = ps.SyntheticActivations(d_in=16, n_features=12, n_active=1, seed=0)
     X = data.sample(4096)[0].numpy()

@@ -117,6 +117,7 @@ harvest(tiny_language_model(), [Path(p) for p in sys.argv[2:]], {hooks!r}, Path(
 """
 
 
+@pytest.mark.slow
 def test_resumes_after_sigkill_to_the_same_bytes(tmp_path, text):
     command = [sys.executable, "-c", KILLED.format(hooks=HOOKS), str(tmp_path / "out")]
     process = subprocess.Popen(
@@ -140,6 +141,7 @@ def test_resumes_after_sigkill_to_the_same_bytes(tmp_path, text):
         a.verify()
 
 
+@pytest.mark.slow
 def test_smollm2_stores_and_has_massive_first_positions(tmp_path, smollm2, corpus):
     hooks = ["model.layers.7", "model.layers.12", "model.layers.7.mlp.down_proj:input"]
     stores = harvest(

@@ -22,7 +22,7 @@ from probsae.inference.ensemble.memory import peak_bytes, split
 from probsae.inference.ensemble.program import trace
 from probsae.inference.ensemble.waves import Footprint, footprint, waves
 
-OPTIONS = {"n_steps": 25, "batch_size": 64, "device": "cpu", "progress": False}
+OPTIONS = {"n_steps": 15, "batch_size": 64, "device": "cpu", "progress": False}
 # float32 carries the KL weight (2^-24); Adam's steps, at most .01 each, carry it on.
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 
@@ -34,13 +34,15 @@ FAMILIES = [
     (ps.JumpReLUSAE, [{"l0_coefficient": c} for c in (0.05, 0.01)]),
     (ps.GatedSAE, [{"l1_coefficient": c} for c in (0.05, 0.3)]),
     (ps.SpikeSlabDictionary, [{}, {}]),
+    (ps.LaplaceDictionary, [{}, {}]),
+    (ps.RectifiedGaussianDictionary, [{}, {}]),
+    (ps.SparseVAE, [{}, {}]),
+]
+VARIANTS = [
     (ps.SpikeSlabDictionary, [{"slab": "normal"}, {"slab": "normal"}]),
     (ps.SpikeSlabDictionary, [{"slab": "half_normal", "encoder_steps": 1}] * 2),
     (ps.SpikeSlabDictionary, [{"learn_noise": False, "noise_scale": 0.2}] * 2),
-    (ps.LaplaceDictionary, [{}, {}]),
     (ps.LaplaceDictionary, [{"nonnegative": True}] * 2),
-    (ps.RectifiedGaussianDictionary, [{}, {}]),
-    (ps.SparseVAE, [{}, {}]),
     (ps.SparseVAE, [{"prior": "laplace"}] * 2),
 ]
 
@@ -62,7 +64,7 @@ def source():
 @pytest.fixture(autouse=True)
 def _noise_may_end_on_its_floor():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoiseFloorWarning)  # 25 steps; not what is tested
+        warnings.simplefilter("ignore", NoiseFloorWarning)  # 15 steps; not what is tested
         yield
 
 
@@ -71,7 +73,11 @@ def assert_same(model, other):
         torch.testing.assert_close(model.state_dict()[name], value, msg=name, **TOLERANCE)
 
 
-@pytest.mark.parametrize(("cls", "options"), FAMILIES, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    FAMILIES + [pytest.param(*variant, marks=pytest.mark.slow) for variant in VARIANTS],
+    ids=lambda v: getattr(v, "__name__", None),
+)
 def test_an_ensemble_is_as_many_fits(cls, options, source):
     models = build(cls, options)
     assert len(group(models)) == 1, "these should be one stack"
@@ -283,6 +289,7 @@ def test_the_models_own_their_tensors_afterwards(source):
     ps.fit(models[0], source, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_stay_close(source):
     elbos = []
     for precision in ("float32", "bfloat16"):

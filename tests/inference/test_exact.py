@@ -127,7 +127,7 @@ def test_gibbs_finds_dictionary_rates_and_noise_from_a_wrong_start():
         assert ps.metrics.mmcs(chain, data.features) > 0.97
 
 
-@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("nonnegative", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nuts_agrees_with_quadrature(nonnegative):
     torch.manual_seed(0)
     model = ps.LaplaceDictionary(1, 1, nonnegative=nonnegative, noise_scale=0.5)

@@ -106,6 +106,7 @@ def test_any_pyro_elbo_can_be_passed(source):
     assert losses[0] == pytest.approx(losses[2], abs=1.0)
 
 
+@pytest.mark.slow
 def test_a_compiled_fit_is_the_eager_fit(tmp_path):
     # A process of its own: the shape checks of this one are no part of what is compiled.
     script = """
@@ -236,6 +237,7 @@ ps.fit(model, source, n_steps=100, batch_size=32, device="cpu",
 """
 
 
+@pytest.mark.slow
 def test_a_killed_fit_resumes_to_the_same_model(source, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", RESUMABLE, str(tmp_path / "run")])
     deadline = time.monotonic() + 120

@@ -7,7 +7,7 @@ import probsae as ps
 from probsae.inference import TargetL0
 
 
-@pytest.mark.parametrize("target", [2.0, 6.0])
+@pytest.mark.parametrize("target", [pytest.param(2.0, marks=pytest.mark.slow), 6.0])
 def test_reaches_the_target_on_activations_without_a_true_one(target):
     # Dense Gaussian activations of decaying variance: any l0 is as true as another.
     torch.manual_seed(0)
@@ -19,6 +19,7 @@ def test_reaches_the_target_on_activations_without_a_true_one(target):
     assert float(model.code_prior.rate.detach().sum()) == pytest.approx(target, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_larger_target_reconstructs_better():
     torch.manual_seed(0)
     x = torch.randn(6_000, 16) * torch.linspace(2, 0.2, 16)

@@ -248,6 +248,7 @@ def test_on_a_gpu():
         assert result.draw_kl.shape == (2, 6, 8)
 
 
+@pytest.mark.slow
 def test_dictionary_inside_smollm2(smollm2, corpus):
     text = corpus[0].read_text(encoding="utf-8")[:20_000]
     ids = torch.tensor(smollm2.tokenize([text])[0][: 8 * 64]).view(8, 64)

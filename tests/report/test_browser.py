@@ -14,6 +14,8 @@ from tests.report.chromium import chromium
 from tests.report.planted import Planted, planted_activations, store_of
 from tests.report.wicked import WICKED, wicked_page
 
+pytestmark = pytest.mark.slow
+
 N_TOKENS, D_IN = 1600, 60
 WORDS = [" sea", " whale", " ship", "\n", " captain", " the", " of", ","]
 
