@@ -94,6 +94,7 @@ class Job:
 def tuning_jobs() -> list[Job]:
     """Grids of the deterministic SAEs; k may know the truth.
 
+    A wide one at half the steps, then with noise a fine one around its best at the comparison's.
     At .001 to .01 a ReLU SAE's MMCS still rises with the rate: its grid lies higher.
     """
     usual, high = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
@@ -107,23 +108,36 @@ def tuning_jobs() -> list[Job]:
         ("GatedSAE", usual, [{"l1_coefficient": c} for c in (0.1, 0.2, 0.4)]),
         ("JumpReLUSAE", usual, [{"l0_coefficient": c} for c in (0.02, 0.05, 0.1)]),
     ]
+    fine = [
+        ("TopKSAE", (3e-3, 5e-3), [{"k": k} for k in (6, 8, 10)]),
+        ("BatchTopKSAE", (5e-3, 1e-2), [{"k": k} for k in (8, 10, 12, 16)]),
+        ("MatryoshkaSAE", (5e-3, 1e-2), [{"k": k} for k in (8, 10, 12)]),
+        ("ReLUSAE", (1e-2, 3e-2), [{"l1_coefficient": c} for c in (0.2, 0.3, 0.4)]),
+        ("GatedSAE", (3e-3, 1e-2), [{"l1_coefficient": c} for c in (0.1, 0.2, 0.4)]),
+        ("JumpReLUSAE", (3e-3, 1e-2), [{"l0_coefficient": c} for c in (0.1, 0.2, 0.4)]),
+    ]
+    stages = [(0.05, N_TUNING_STEPS, grids), (0.0, N_TUNING_STEPS, grids), (0.05, N_STEPS, fine)]
     return [
-        Job(model, noise, "none", TUNING_SEED, options, rate)
-        for noise in (0.05, 0.0)
-        for model, rates, choices in grids
+        Job(model, noise, "none", TUNING_SEED, options, rate, n_steps)
+        for noise, n_steps, stage in stages
+        for model, rates, choices in stage
         for options in choices
         for rate in rates
     ]
 
 
 def best_settings(noise_scale: float, measure: str) -> dict[str, tuple[dict, float]]:
-    """Each deterministic SAE's options and rate with the best `measure` on the tuning seed."""
-    best: dict[str, tuple[float, dict, float]] = {}
+    """Each deterministic SAE's options and rate with the best `measure` on the tuning seed.
+
+    Of the fits at the most steps, where a model was tuned at several numbers of them.
+    """
+    best: dict[str, tuple[tuple[int, float], dict, float]] = {}
     for job in tuning_jobs():
         if job.noise_scale == noise_scale and (RESULTS / job.name).exists():
             value = json.loads((RESULTS / job.name).read_text())["row"][measure]
-            if value > best.get(job.model, (-1.0,))[0]:
-                best[job.model] = (value, job.options, float(job.learning_rate or 0))
+            score = (job.n_steps, value)
+            if job.model not in best or score > best[job.model][0]:
+                best[job.model] = (score, job.options, float(job.learning_rate or 0))
     return {model: (options, rate) for model, (_, options, rate) in best.items()}
 
 
