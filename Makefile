@@ -32,7 +32,7 @@ browser: setup
 	|| $(BIN)/playwright install --only-shell chromium
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup browser
 	$(BIN)/python -m pytest -n 2 -m slow

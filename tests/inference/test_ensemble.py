@@ -22,7 +22,8 @@ from probsae.inference.ensemble.memory import peak_bytes, split
 from probsae.inference.ensemble.program import trace
 from probsae.inference.ensemble.waves import Footprint, footprint, waves
 
-OPTIONS = {"n_steps": 15, "batch_size": 64, "device": "cpu", "progress": False}
+N_STEPS = 15
+OPTIONS = {"n_steps": N_STEPS, "batch_size": 64, "device": "cpu", "progress": False}
 # float32 carries the KL weight (2^-24); Adam's steps, at most .01 each, carry it on.
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 
@@ -136,7 +137,9 @@ def test_members_that_do_not_fit_the_memory_come_after(source):
     ps.fit_ensemble(again, x, **OPTIONS)
     for model, other in zip(models, again, strict=True):
         assert_same(model, other)
-    assert steps == [(i, s) for s in range(1, 26) for i in (0, 1)] + [(2, s) for s in range(1, 26)]
+    assert steps == [(i, s) for s in range(1, N_STEPS + 1) for i in (0, 1)] + [
+        (2, s) for s in range(1, N_STEPS + 1)
+    ]
     with pytest.raises(ValueError, match="2 passes"):
         ps.fit_ensemble(models, iter([x] * 50), memory=memory, **OPTIONS)
     with pytest.raises(MemoryError, match="raise `memory`"):
@@ -232,7 +235,7 @@ def test_a_diverging_member_is_frozen_and_the_others_go_on(source):
     spoil = Spoil()
     with pytest.warns(DivergedMemberWarning, match=r"member 1, a ReLUSAE, .*step 10: .*log_likeli"):
         results = ps.fit_ensemble(models, source, callbacks=[[], [spoil], []], **OPTIONS)
-    assert [result.n_steps for result in results] == [25, 9, 25]
+    assert [result.n_steps for result in results] == [N_STEPS, 9, N_STEPS]
     assert results[1].failure.startswith("step 10: the ELBO is not finite")
     assert results[1].history["step"] == list(range(1, 10))
     for name, value in models[1].state_dict().items():
