@@ -15,10 +15,9 @@ _GAIN = 0.03
 # The target falls to its value from this multiple (or half of all features, if that is less)
 # between these shares of the fit: every feature is used, and so trained, before features must
 # be spared.
-_START, _FALL = 4.0, (0.2, 0.5)
-# Noise scale before steering begins, as a share of the activations' deviation per dimension. The
-# less noise, the sooner features are found; under much less encoders with lateral steps diverge.
-_INITIAL_NOISE = 0.25
+_START, _FALL = 3.0, (0.2, 0.5)
+# Noise scale at first, as a share of the activations' deviation per dimension.
+_INITIAL_NOISE = 0.7
 
 
 class TargetL0(Callback):
@@ -30,7 +29,7 @@ class TargetL0(Callback):
 
         sum of rates = target,    log noise_scale += gain (log l0 - log target),
 
-    where the target itself falls to its value from four times that. What it ends with is what a
+    where the target itself falls to its value from three times that. What it ends with is what a
     fit under that noise scale would have learned.
 
     Parameters
@@ -81,12 +80,10 @@ class TargetL0(Callback):
         model = state.model
         if state.step == 1:
             deviation = (state.batch - model.b_dec).square().mean().sqrt()
-            model.scale_noise_(_INITIAL_NOISE * deviation / model.noise_scale)
-        if not state.is_warm:
-            return
+            _scale_noise(state, _INITIAL_NOISE * deviation / model.noise_scale)
         target = self._target_at(state.step / state.n_steps)
         self._rate_logit.add_(math.log(target) - self._rate_logit.sigmoid().sum().log())
-        model.scale_noise_((_GAIN * _log_error(state.objective.l0, target)).exp())
+        _scale_noise(state, (_GAIN * _log_error(state.objective.l0, target)).exp())
 
     def _target_at(self, share: float) -> float:
         begin, end = _FALL
@@ -96,3 +93,15 @@ class TargetL0(Callback):
 
 def _log_error(l0: Tensor, target: float) -> Tensor:
     return (l0.clamp(min=1e-6) / target).log().clamp(-1, 1)
+
+
+def _scale_noise(state: FitState, factor: Tensor) -> None:
+    """Multiply the noise scale, and Adam's moments with what the gradients change by.
+
+    The likelihood's gradients go with one over the noise variance. Adam would remember those of a
+    small scale for hundreds of steps of a larger one, and hardly move.
+    """
+    state.model.scale_noise_(factor)
+    for moments in state.optimizer.state.values():
+        moments["exp_avg"].div_(factor**2)
+        moments["exp_avg_sq"].div_(factor**4)

@@ -34,9 +34,10 @@ class SpikeSlabDictionary(SparseDictionary):
     The encoder is coordinate ascent cut short and learned. The evidence for feature i is
     r_i = w_i . (x - b) at first; each lateral step takes away what the other features explain,
 
-        r_i <- r_i + d_i (w_i . (x - b - m W) + m_i - r_i),
+        r_i <- r_i + d_i (w_i . (x - b - a m W) + a m_i - r_i),
 
-    with a learned damping d_i in (0, 1). From the evidence, the closed form of one feature's
+    with a learned damping d_i in (0, 1) and the factor a <= 1 of each token with which a m W comes
+    nearest to x - b: codes that explain a token twice over do not throw the step off. From the evidence, the closed form of one feature's
     optimal posterior under noise of scale e_i (learned, one for the steps and one for the result:
     what the features left out look like) gives gate and slab:
 
@@ -107,9 +108,9 @@ class SpikeSlabDictionary(SparseDictionary):
         if encoder_steps < 0:
             raise ValueError(f"encoder_steps must be at least 0, got {encoder_steps}")
         # Adam moves every entry of a direction, so a step turns it the further the wider it is.
-        # Measured at 256 (.005 to .01) and 576 dimensions (.003; .0044 diverges), see
+        # Measured at 256 (.005 to .01), 576 (.003) and 1,536 dimensions (.002 to .003), see
         # docs/decisions/damping.md.
-        self.default_learning_rate = min(1e-2, 1.8 / d_in)
+        self.default_learning_rate = min(1e-2, max(1.8 / d_in, 0.075 / math.sqrt(d_in)))
         self.encoder_steps = encoder_steps
         self.code_prior = SpikeSlabPrior(d_sae, slab, rate_prior)
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
@@ -118,8 +119,9 @@ class SpikeSlabDictionary(SparseDictionary):
         self.damping_logit = nn.Parameter(torch.zeros(encoder_steps, d_sae))
         if not learn_noise:
             # The noise scale does not come down to meet the encoder's, which begins at several
-            # times of it and has to fall; docs/decisions/target_l0.md has what both are worth.
-            self.schedule_defaults = {"kl_warmup": 0.2}
+            # times of it and has to fall; and a KL weight below 1 only lets every feature be
+            # active. docs/decisions/target_l0.md has what both are worth.
+            self.schedule_defaults = {"kl_start": 1.0, "kl_warmup": 0.0}
             self.learning_rate_factors = {**self.learning_rate_factors, "log_step_noise": 5.0}
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -145,9 +147,11 @@ class SpikeSlabDictionary(SparseDictionary):
             mean = rough_tilted_mean(prior, evidence, (-2 * self.log_step_noise[0]).exp())
             if step < self.encoder_steps - 1:
                 mean = mean.detach()  # the last step's gradient does for all, see docs/decisions
-            residual = centered - self.product(mean, directions)
+            explained = self.product(mean, directions)
+            share = share_explained(centered, explained)
+            residual = centered - share * explained
             # As a difference, which inductor fuses, where a sum becomes a slower addmm.
-            update = self.product(residual, self.W_enc) - (evidence - mean)
+            update = self.product(residual, self.W_enc) - (evidence - share * mean)
             damping = expand_row(torch.sigmoid(self.damping_logit[step]), evidence)
             evidence = evidence + damping * update
         precision = (-2 * self.log_step_noise[-1]).exp()
@@ -184,3 +188,12 @@ class SpikeSlabDictionary(SparseDictionary):
     def firing_rate(self) -> Float[Tensor, " d_sae"]:
         """Learned prior probability that each feature is active on a token."""
         return self.code_prior.rate
+
+
+def share_explained(
+    x: Float[Tensor, "token d_in"], explained: Float[Tensor, "token d_in"]
+) -> Float[Tensor, "token 1"]:
+    """Return the factor in [0, 1] with which `explained` comes nearest to `x`, without gradient."""
+    explained = explained.detach()
+    along = (x * explained).sum(-1, keepdim=True)
+    return (along / explained.square().sum(-1, keepdim=True).clamp(min=1e-12)).clamp(0, 1)
