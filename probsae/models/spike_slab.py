@@ -36,10 +36,11 @@ class SpikeSlabDictionary(SparseDictionary):
 
         r_i <- r_i + d_i (w_i . (x - b - a m W) + a m_i - r_i),
 
-    with a learned damping d_i in (0, 1) and the factor a <= 1 of each token with which a m W comes
-    nearest to x - b: codes that explain a token twice over do not throw the step off. From the evidence, the closed form of one feature's
-    optimal posterior under noise of scale e_i (learned, one for the steps and one for the result:
-    what the features left out look like) gives gate and slab:
+    with a learned damping d_i in (0, 1), and the factor a <= 1 of each token with which a m W
+    comes nearest to x - b: codes that explain a token twice over do not throw the step off. From
+    the evidence, the closed form of one feature's optimal posterior under noise of scale e_i
+    (learned, one for the steps and one for the result: what the features left out look like)
+    gives gate and slab:
 
         s^2 = 1 / (1/e^2 + 1/t^2),   mu = s^2 (r/e^2 + m_0/t^2),
         logit gamma = logit rate + log(s/t) + mu^2/(2 s^2) - m_0^2/(2 t^2),

@@ -5,6 +5,8 @@ import torch
 
 import probsae as ps
 from probsae.inference import TargetL0
+from probsae.inference.callbacks import FitState
+from probsae.inference.target_l0 import _scale_noise
 
 
 @pytest.mark.parametrize("target", [pytest.param(2.0, marks=pytest.mark.slow), 6.0])
@@ -46,3 +48,21 @@ def test_what_cannot_be_steered_is_refused(model, target, message):
         ps.fit(model, torch.randn(50, 4), n_steps=2, callbacks=[TargetL0(target)])
     with pytest.raises(ValueError, match="positive"):
         TargetL0(0.0)
+
+
+def test_adam_does_not_remember_another_noise_scale():
+    """Gradients over f squared from where the scale is f times as large: the same path."""
+    gradients, ends = torch.randn(30, 6, 4), []
+    for factor in (1.0, 5.0):
+        torch.manual_seed(0)
+        model = ps.SpikeSlabDictionary(4, 6, learn_noise=False)
+        optimizer = torch.optim.Adam([model.W_dec], betas=model.adam_betas, eps=0)
+        state = FitState(model, optimizer, None, 30, torch.device("cpu"), seed=0)
+        for step, gradient in enumerate(gradients):
+            if step == 15:
+                _scale_noise(state, torch.tensor(factor))
+            model.W_dec.grad = gradient / (factor**2 if step >= 15 else 1)
+            optimizer.step()
+        assert float(model.noise_scale) == pytest.approx(factor)
+        ends.append(model.W_dec.detach())
+    torch.testing.assert_close(*ends)
