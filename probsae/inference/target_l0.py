@@ -47,6 +47,7 @@ class TargetL0(Callback):
     -----
     The noise scale is then a choice too, not what the dictionary leaves unexplained: the codes'
     intervals mean less than those of a model that learns its noise.
+    A fit of less than some hundred steps ends before the noise scale is where it should be.
     `docs/decisions/target_l0.md` compares this knob with others.
 
     Examples

@@ -96,7 +96,7 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus):
     backwards.write_text(corpus[0].read_text()[::-1])
     settings = Settings(
         store=tmp_path / "store", english=corpus[0], french=backwards, out=tmp_path / "out",
-        code=type(corpus[0])(argparse.__file__), d_sae=64, n_steps=12, batch_size=256, l0=8,
+        code=type(corpus[0])(argparse.__file__), d_sae=64, n_steps=60, batch_size=256, l0=8,
         n_words=8, n_windows=60, n_controls=2, n_draws=2,
     )  # fmt: skip
     results = run(settings, smollm2)
