@@ -114,14 +114,18 @@ def measure(
 
 
 def held_out_contexts(store: ActivationStore, length: int, n_contexts: int) -> Tensor:
-    """Rebuild the last contexts' token ids; the first position, left out, gets the padding id 0.
+    """Rebuild the last contexts' token ids; the first position, left out, gets the id 0.
 
-    The text's own first tokens are not in the store; splicing keeps the first position as it is, so
-    that its identity matters only as context.
+    The text's own first tokens are not in the store. Id 0 is SmolLM2's end of text, with which it
+    begins a document; splicing keeps the first position as it is.
     """
-    ids = store.labels("tokens").long()
-    n = len(ids) // (length - 1)
-    contexts = ids[: n * (length - 1)].view(n, length - 1)[-n_contexts:]
+    ids, positions = store.labels("tokens").long(), store.labels("positions")
+    begins = torch.nonzero(positions == 1).flatten()
+    begins = begins[begins + length - 1 <= len(ids)][-n_contexts:]
+    places = begins[:, None] + torch.arange(length - 1)
+    if not torch.equal(positions[places].long(), torch.arange(1, length).expand_as(places)):
+        raise ValueError(f"the store's contexts do not have {length} tokens, the first left out")
+    contexts = ids[places]
     return torch.cat([torch.zeros(len(contexts), 1, dtype=torch.long), contexts], dim=1)
 
 

@@ -133,10 +133,19 @@ class ActivationStore:
         return every[self.rows.start : self.rows.stop]
 
     def split(self, held_out: float = 0.1) -> tuple[ActivationStore, ActivationStore]:
-        """Return (train, held-out) views: the held-out part is the text's end, so none leaks."""
+        """Return (train, held-out) views: the held-out part is the text's end.
+
+        No context is in both: they meet at the beginning of one, the nearest to the share asked
+        for (where the store knows its tokens' positions).
+        """
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be strictly between 0 and 1, got {held_out}")
-        middle = self.rows.start + round(self.n_tokens * (1 - held_out))
+        wanted = round(self.n_tokens * (1 - held_out))
+        positions = self.labels("positions")
+        begins = torch.nonzero(positions[1:] <= positions[:-1]).flatten() + 1
+        if len(begins) and bool((positions >= 0).all()):
+            wanted = int(begins[(begins - wanted).abs().argmin()])
+        middle = self.rows.start + wanted
         parts = range(self.rows.start, middle), range(middle, self.rows.stop)
         if not all(parts):
             raise ValueError(f"{self.n_tokens} tokens are too few to hold out {held_out:.0%}")

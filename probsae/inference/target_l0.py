@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from probsae.activations.scaling import limit_norms
 from probsae.inference.callbacks import Callback, FitState
 from probsae.models.code_priors import SpikeSlabPrior
 
@@ -80,7 +81,7 @@ class TargetL0(Callback):
         assert state.batch is not None
         model = state.model
         if state.step == 1:
-            deviation = (state.batch - model.b_dec).square().mean().sqrt()
+            deviation = limit_norms(state.batch - model.b_dec).square().mean().sqrt()
             _scale_noise(state, _INITIAL_NOISE * deviation / model.noise_scale)
         target = self._target_at(state.step / state.n_steps)
         self._rate_logit.add_(math.log(target) - self._rate_logit.sigmoid().sum().log())

@@ -29,7 +29,7 @@ _CLASSES: dict[str, type[DeterministicSAE]] = {
     "jumprelu": JumpReLUSAE,
     "gated": GatedSAE,
 }
-# Whose reader and writer were read for this, and are run by the tests.
+# Whose reader and writer this was written from; `make test-peers` runs the newest tried.
 _FORMAT_VERSION = "6.18.0"
 
 

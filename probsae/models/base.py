@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.activations.resources import check_memory
+from probsae.activations.scaling import limit_norms
 from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab
 
@@ -383,13 +384,13 @@ class SparseDictionary(nn.Module, ABC):
 
         `b_dec` becomes the geometric median, the noise scale the data's deviation per dimension
         (nothing is explained yet), and the noise floor, where none was given, a fifth of that:
-        4% of the variance.
+        4% of the variance. Massive tokens are shortened first: they say nothing of the others.
         """
         if bool(self.is_initialized):
             return
         x = check_activations(x, self.d_in).to(self.b_dec)
         self.b_dec.copy_(geometric_median(x))
-        x_centered = x - self.b_dec
+        x_centered = limit_norms(x - self.b_dec)
         deviation = x_centered.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
         if self.learn_noise:
             self.log_noise_scale.copy_(deviation.log())

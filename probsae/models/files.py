@@ -127,6 +127,6 @@ def rebuild(
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"the tensors in {origin} do not fit its config.json: {error}") from error
+        raise ValueError(f"the tensors in {origin} do not fit its description: {error}") from error
     model.n_tokens = config.get("n_tokens")
     return model.eval()

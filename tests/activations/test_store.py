@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from probsae.activations import ActivationStore, CorruptShardError, StoreWriter, robust_scale
+from probsae.activations.scaling import limit_norms
 
 
 def write(folder, x, shard_tokens=16, dtype="float32", **labels):
@@ -61,6 +62,14 @@ def test_split_leaks_nothing(tmp_path, x):
     assert torch.equal(torch.cat(list(train.sequential(16))), x[:40])
     with pytest.raises(IndexError, match="within 0 and 39"):
         train.gather(torch.tensor([40]))
+
+
+@pytest.mark.parametrize(("share", "n_held_out"), [(0.1, 8), (0.2, 8), (0.24, 14), (0.9, 44)])
+def test_split_cuts_no_context(tmp_path, x, share, n_held_out):
+    positions = torch.arange(50) % 6  # contexts begin at 0, 6, ..., 48
+    train, held_out = write(tmp_path / "s", x, positions=positions).split(share)
+    assert (len(train), len(held_out)) == (50 - n_held_out, n_held_out)
+    assert int(held_out.labels("positions")[0]) == 0
 
 
 def test_interrupted_write_goes_on(tmp_path, x):
@@ -164,6 +173,23 @@ def test_garbled_index(tmp_path, x):
     index.write_text("{")
     with pytest.raises(CorruptShardError, match="not readable"):
         ActivationStore(tmp_path / "s")
+
+
+def test_limited_norms_leave_ordinary_tokens_alone():
+    x = torch.randn(4_000, 8)
+    torch.testing.assert_close(limit_norms(x), x)
+    massive = x.clone()
+    massive[::100] *= 100
+    limited = limit_norms(massive)
+    assert float(massive.square().mean().sqrt()) > 5
+    assert float(limited.square().mean().sqrt()) == pytest.approx(
+        float(x.square().mean().sqrt()), rel=0.1
+    )
+    cosine = torch.nn.functional.cosine_similarity(limited, massive)
+    torch.testing.assert_close(cosine, torch.ones(4_000))
+    mostly_zero = torch.zeros(100, 8)
+    mostly_zero[0] = 1.0
+    torch.testing.assert_close(limit_norms(mostly_zero), mostly_zero)
 
 
 def test_robust_scale_ignores_massive_tokens():

@@ -1,5 +1,6 @@
-"""The other libraries' encoders and decoders, written down from their sources.
+"""The dictionaries that are exchanged, and the other libraries' encoders and decoders.
 
+The latter are written down from their sources:
 SAELens 6.18 (saes/*.py), sparsify 1.3 (sparse_coder.py, fused_encoder.py), dictionary_learning 0.1
 (dictionary.py, trainers/*.py). tests/interop/test_peers.py runs the libraries themselves.
 """
@@ -8,6 +9,16 @@ import json
 
 import torch
 from safetensors.torch import load_file
+
+D_IN, D_SAE = 12, 30
+OPTIONS = {
+    "ReLUSAE": {},
+    "TopKSAE": {"k": 4},
+    "BatchTopKSAE": {"k": 4},
+    "MatryoshkaSAE": {"k": 4, "prefixes": (5, 13)},
+    "JumpReLUSAE": {},
+    "GatedSAE": {},
+}
 
 
 def topk(h, k):

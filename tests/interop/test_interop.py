@@ -8,17 +8,16 @@ from safetensors.torch import load_file, save_file
 
 import probsae as ps
 from probsae import interop
-from tests.interop.peers import dictionary_learning_codes, sae_lens_codes, sparsify_codes
+from tests.interop.peers import (
+    D_IN,
+    D_SAE,
+    OPTIONS,
+    dictionary_learning_codes,
+    sae_lens_codes,
+    sparsify_codes,
+)
 
-D_IN, D_SAE, N = 12, 30, 500
-OPTIONS = {
-    "ReLUSAE": {},
-    "TopKSAE": {"k": 4},
-    "BatchTopKSAE": {"k": 4},
-    "MatryoshkaSAE": {"k": 4, "prefixes": (5, 13)},
-    "JumpReLUSAE": {},
-    "GatedSAE": {},
-}
+N = 500
 FORMATS = {
     "sae_lens": (interop.save_sae_lens, interop.load_sae_lens, sae_lens_codes),
     "dictionary_learning": (

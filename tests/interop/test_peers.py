@@ -9,20 +9,12 @@ from safetensors.torch import load_file, save_file
 
 import probsae as ps
 from probsae import interop
+from tests.interop.peers import D_IN, D_SAE, OPTIONS
 
 pytestmark = pytest.mark.peers
 
 ROOT = Path(__file__).parents[2]
-D_IN, D_SAE = 12, 30
-MODELS = {
-    "ReLUSAE": {},
-    "TopKSAE": {"k": 4},
-    "BatchTopKSAE": {"k": 4},
-    "MatryoshkaSAE": {"k": 4, "prefixes": (5, 13)},
-    "JumpReLUSAE": {},
-    "GatedSAE": {},
-    "SpikeSlabDictionary": {},
-}
+MODELS = {**OPTIONS, "SpikeSlabDictionary": {}}
 LIBRARIES = {
     "saelens": (
         lambda model, path, x: interop.save_sae_lens(model, path, x=x),

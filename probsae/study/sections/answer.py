@@ -54,11 +54,12 @@ def _section(results: Results, is_correlated: bool) -> Section:
         "truth in hand. Dotted: MMCS by chance, and the number of true features. An L1 SAE's "
         "support is all that is not zero; it has no probabilities to calibrate.",
         "It ended with the question of VAEs with a sparse prior.",
-        f"{_verdicts(grid, answer)} {_surplus(results, answer, grid)}",
+        _surplus(results, answer, grid),
+        _verdicts(grid, answer),
     )
 
 
-def _verdicts(grid: Frame, answer: Frame) -> str:
+def _verdicts(grid: Frame, answer: Frame) -> tuple[str, ...]:
     """Count for each measure where a fit without sweep is better than the best of the sweep."""
     parts = []
     for measure, (label, is_higher_better) in MEASURES.items():
@@ -76,7 +77,7 @@ def _verdicts(grid: Frame, answer: Frame) -> str:
             f"{label}: best L1 {best[measure]:.3f} (penalty {best['penalty']:g}, ratio "
             f"{best['ratio']:g}); better than that: {'; '.join(counts)}."
         )
-    return " ".join(parts)
+    return tuple(parts)
 
 
 def _surplus(results: Results, answer: Frame, grid: Frame) -> str:

@@ -26,3 +26,5 @@ class Section:
     """What the study found."""
     ours: str
     """What this run finds; every number comes from its results."""
+    points: tuple[str, ...] = ()
+    """The same, one point after the other."""
