@@ -16,6 +16,7 @@ from torch import Tensor
 from probsae.activations.source import ActivationData, check_activations, take
 from probsae.inference.elbo import elbo_terms
 from probsae.metrics import calibration, recovery
+from probsae.metrics.coverage import posterior_given_active
 from probsae.models.base import CodePosterior, SparseDictionary
 from probsae.synthetic import SyntheticActivations
 
@@ -60,23 +61,32 @@ class Row:
     """Mean width of active codes' 90% intervals, units of the activations."""
     mmcs: float | None = None
     mmcs_chance: float | None = None
-    """MMCS of a random unit dictionary of the same size."""
+    """MMCS of a random unit dictionary of the same size; so for the other chance levels."""
     mmcs_precision: float | None = None
+    mmcs_precision_chance: float | None = None
     mcc: float | None = None
+    mcc_chance: float | None = None
     share_found: float | None = None
     """Share of true features with a learned one at cosine above .9."""
+    share_found_chance: float | None = None
     precision: float | None = None
     recall: float | None = None
     f1: float | None = None
-    """Of the support p_active > .5, over all true features, unmatched ones counting as missed."""
+    """Of the support p_active > .5, over all true features, unmatched ones counting as missed.
+    Codes of learned features without a true one to match are not counted: there is nothing that
+    says when they should be active."""
     best_f1: float | None = None
     """At the best threshold on the codes' size (deterministic) or on p_active."""
+    f1_chance: float | None = None
+    """F1 of calling every feature active, the best that does not look at the token."""
+    brier: float | None = None
+    """Mean squared difference of p_active and the truth, over found features."""
     brier_ratio: float | None = None
     """Brier score over the base rate's, over found features."""
     band_ece: float | None = None
     """Calibration error of p_active between .02 and .98, over found features."""
     coverage: float | None = None
-    """Share of active true codes inside their 90% interval, over found features."""
+    """Share of active true codes inside the 90% interval of q(z | z != 0), over found features."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,9 @@ def evaluate(
     data : tensor, array, ActivationStore, synthetic source or iterable of batches
         Held-out activations. From a synthetic source fresh tokens are drawn with their codes.
     truth : SyntheticActivations, or (features, codes), optional
-        Known features (feature, d_in) and the codes (token, feature) of `data`'s tokens; a
-        source stands for fresh tokens of its own. Taken from `data` where that is synthetic.
+        Known features (feature, d_in) and the codes (token, feature) of `data`'s tokens. Taken
+        from `data` where that is synthetic. A source beside activations gives its features only:
+        which of them made those activations it does not know, so nothing is said of supports.
     n_tokens : int, default 32,768
         Tokens to evaluate on; all of the data where there are fewer. A feature that fires on
         one token in 3,000 is then alive with probability .99998.
@@ -166,13 +177,21 @@ def evaluate(
         If there is no dictionary, names repeat, widths differ or the codes do not fit the data.
     """
     named = _named(dictionaries)
-    source = truth if isinstance(truth, SyntheticActivations) else data
-    features: Tensor | None = None
-    z: Tensor | None = None
-    if isinstance(source, SyntheticActivations) and not isinstance(truth, tuple):
-        x, z = source.to("cpu").sample(n_tokens, seed=seed)
-        features = source.features.cpu()
-    elif isinstance(truth, tuple):
+    x, features, z = _held_out(data, truth, n_tokens, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rows = tuple(_row(name, item, x, features, z) for name, item in named.items())
+    return Report(rows, len(x), {"seed": seed})
+
+
+def _held_out(
+    data: ActivationData,
+    truth: SyntheticActivations | tuple[Tensor, Tensor] | None,
+    n_tokens: int,
+    seed: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the tokens and, as far as they are known, true features and codes."""
+    if isinstance(truth, tuple):
         features, z = truth
         x = check_activations(data)[:n_tokens]
         z = z[: len(x)]
@@ -181,10 +200,13 @@ def evaluate(
                 f"truth must be (features, codes) with codes of shape {(len(x), len(features))}, "
                 f"got {tuple(z.shape)}"
             )
-    else:
-        x = take(data, n_tokens, seed=seed)
-    rows = tuple(_row(name, item, x, features, z) for name, item in named.items())
-    return Report(rows, len(x), {"seed": seed})
+        return x, features, z
+    if isinstance(data, SyntheticActivations):
+        source = data if truth is None else truth
+        x, z = source.to("cpu").sample(n_tokens, seed=seed)
+        return x, source.features.cpu(), z
+    x = take(data, n_tokens, seed=seed)
+    return x, None if truth is None else truth.features.cpu(), None
 
 
 def posterior_batches(
@@ -213,7 +235,8 @@ def _row(
         d_sae=len(learned),
         noise_scale=noise,
         **scores.unsupervised(x, is_probabilistic),
-        **(scores.supervised(is_probabilistic) if features is not None else {}),
+        **({} if features is None else scores.recovery()),
+        **({} if z is None else scores.support(is_probabilistic)),
     )
 
 
@@ -255,10 +278,10 @@ class _Scores:
         elif isinstance(dictionary, SparseDictionary):
             self.elbo += _sampled_elbo(dictionary, x.to(dictionary.b_dec), posterior)
         if z is not None:
-            self._add_truth(mean, p_active, lower, upper, z)
+            self._add_truth(mean, p_active, posterior, z)
 
     def _add_truth(
-        self, mean: Tensor, p_active: Tensor, lower: Tensor, upper: Tensor, z: Tensor
+        self, mean: Tensor, p_active: Tensor, posterior: CodePosterior, z: Tensor
     ) -> None:
         columns, true = self.match.learned, z[:, self.match.true]
         self.p.append(p_active[:, columns].cpu())
@@ -266,6 +289,7 @@ class _Scores:
         is_true = true != 0
         self.true.append(is_true)
         where = is_true & self.found
+        lower, upper = posterior_given_active(posterior).interval(0.9)
         inside = (true >= lower[:, columns].cpu()) & (true <= upper[:, columns].cpu())
         self.covered += int((inside & where).sum())
         self.n_positive += int(where.sum())
@@ -284,27 +308,36 @@ class _Scores:
             "interval_width": width if is_probabilistic else None,
         }
 
-    def supervised(self, is_probabilistic: bool) -> dict[str, Any]:
+    def recovery(self) -> dict[str, Any]:
         assert self.features is not None
+        learned, true = self.learned, self.features
+        chance = recovery.chance_level(len(learned), len(true), learned.shape[1])
+        return {
+            "mmcs": recovery.mmcs(learned, true),
+            "mmcs_chance": chance["mmcs"],
+            "mmcs_precision": recovery.mmcs_precision(learned, true),
+            "mmcs_precision_chance": chance["mmcs_precision"],
+            "mcc": float(self.match.cosine.mean()),
+            "mcc_chance": chance["mcc"],
+            "share_found": recovery.share_recovered(learned, true, FOUND_COSINE),
+            "share_found_chance": chance["share_recovered"],
+        }
+
+    def support(self, is_probabilistic: bool) -> dict[str, Any]:
         p, size, true = torch.cat(self.p), torch.cat(self.size), torch.cat(self.true)
         # A match at chance level is none: its column predicts nothing.
         p_found, size_found = p * self.found, size * self.found
         hits = int(((p_found > 0.5) & true).sum())
         n_true = int(true.sum()) + self.n_missing
         n_predicted = int((p > 0.5).sum())
-        chance = recovery.chance_level(len(self.learned), len(self.features), self.learned.shape[1])
         score = p_found if is_probabilistic else size_found
-        best, _ = recovery.best_threshold_f1(score, true)
+        best, _ = recovery.best_threshold_f1(score, true, self.n_missing)
         row: dict[str, Any] = {
-            "mmcs": recovery.mmcs(self.learned, self.features),
-            "mmcs_chance": chance["mmcs"],
-            "mmcs_precision": recovery.mmcs_precision(self.learned, self.features),
-            "mcc": float(self.match.cosine.mean()),
-            "share_found": recovery.share_recovered(self.learned, self.features, FOUND_COSINE),
             "precision": hits / n_predicted if n_predicted else 0.0,
             "recall": hits / n_true if n_true else 0.0,
             "f1": 2 * hits / max(1, n_predicted + n_true),
             "best_f1": best,
+            "f1_chance": recovery.support_chance(true).f1,
         }
         return row | self._calibration(p, true, is_probabilistic)
 
@@ -312,7 +345,10 @@ class _Scores:
         p, true = p[:, self.found], true[:, self.found]
         if not true.any():
             return {}
-        row: dict[str, Any] = {"brier_ratio": calibration.brier_skill(p, true)}
+        row: dict[str, Any] = {
+            "brier": calibration.brier(p, true),
+            "brier_ratio": calibration.brier_ratio(p, true),
+        }
         if is_probabilistic:
             ece = calibration.band_ece(p, true)
             row["band_ece"] = None if math.isnan(ece) else ece

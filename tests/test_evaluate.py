@@ -49,6 +49,13 @@ def test_an_oracle_is_perfect_and_half_of_one_half_so(data):
     assert half.mmcs_precision == pytest.approx(1, abs=1e-3)
     assert half.recall == pytest.approx(0.5, abs=0.03)
     assert half.precision == pytest.approx(1, abs=1e-3)
+    # Hits over half of predicted and true; no threshold finds what has no feature.
+    assert half.f1 == pytest.approx(2 / 3, abs=0.03)
+    assert half.best_f1 == pytest.approx(half.f1, abs=1e-6)
+    # Two of eight are active on average: all called active, precision 1/4 and recall 1.
+    assert row.f1_chance == pytest.approx(0.4, abs=0.02)
+    assert 0 < row.mcc_chance < row.mmcs_chance < 1
+    assert row.share_found_chance < 0.2
     # Half the codes' second moment over their variance: .5 (1/12) / (1/12 - 1/64).
     assert half.fvu == pytest.approx(0.615, abs=0.03)
 
@@ -61,6 +68,14 @@ def test_truth_as_tensors_gives_the_same(data):
     assert a.rows == b.rows
 
 
+def test_a_source_beside_activations_says_nothing_of_their_supports(data):
+    x, _ = data.sample(500, seed=3)
+    row = ps.evaluate({"all": Oracle(data.features)}, 2 * x, truth=data).rows[0]
+    assert row.mmcs == pytest.approx(1, abs=1e-3)
+    assert row.f1 is None
+    assert row.l0 == pytest.approx(float((2 * x @ data.features.T > 1e-4).sum(1).double().mean()))
+
+
 def test_probabilistic_columns_and_held_out_elbo(data):
     model = ps.SpikeSlabDictionary(d_in=12, d_sae=10)
     ps.fit(model, data, n_steps=300, batch_size=128)
@@ -71,9 +86,24 @@ def test_probabilistic_columns_and_held_out_elbo(data):
     assert row.elbo == pytest.approx(elbo, rel=1e-5)
     assert row.noise_scale == pytest.approx(float(model.noise_scale.detach()))
     assert 0 < row.interval_width < 1
-    assert 0 <= row.coverage <= 1
+    z = data.sample(1000, seed=1)[1]
+    match = ps.metrics.match_features(model.dictionary(), data.features).above(0.9)
+    covered = ps.metrics.code_coverage(model.encode(x), z[:, match.true], match.learned, [0.9])
+    assert row.coverage == pytest.approx(float(covered.given_active[0]))
+    p_active = model.encode(x).p_active[:, match.learned]
+    assert row.brier == pytest.approx(ps.metrics.brier(p_active, z[:, match.true] != 0))
     assert point.interval_width is None
     assert point.band_ece is None
+
+
+def test_sampled_elbos_are_reproducible_and_leave_the_callers_stream_alone(data):
+    model = ps.SparseVAE(d_in=12, d_sae=10, decoder_hidden=8)
+    torch.manual_seed(5)
+    first = ps.evaluate([model], data, n_tokens=300).rows[0].elbo
+    after = torch.rand(3)
+    assert ps.evaluate([model], data, n_tokens=300).rows[0].elbo == first
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), after)
 
 
 def test_without_truth_recovery_is_left_out():

@@ -69,7 +69,7 @@ def _codes(posterior: ps.CodePosterior, z: Tensor, match: Match) -> dict[str, An
     strata = metrics.inclusion_by_magnitude(p, z, EDGES)
     return {
         "band_ece": metrics.band_ece(p, z != 0),
-        "brier_ratio": metrics.brier_skill(p, z != 0),
+        "brier_ratio": metrics.brier_ratio(p, z != 0),
         "log_score_per_positive": metrics.log_score_per_positive(p, z != 0),
         "coverage": {name: _rounded(getattr(coverage, name)) for name in _COVERAGE},
         "n_active": coverage.n_active,

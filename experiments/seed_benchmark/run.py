@@ -167,7 +167,7 @@ def run_all(jobs: list[Job], n_workers: int) -> None:
 def table() -> str:
     """Mean and standard deviation over seeds of what the comparison is about, as Markdown."""
     columns = ["mmcs", "least_cosine", "rarest_quartile", "f1", "best_f1", "fvu", "alive"]
-    columns += ["noise_scale", "band_ece", "coverage"]
+    columns += ["noise_scale", "band_ece"]
     lines = []
     for noise, correlation in CONDITIONS:
         lines += [f"\nNoise {noise}, correlation {correlation}:\n"]

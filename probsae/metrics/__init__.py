@@ -6,7 +6,7 @@ from probsae.metrics.calibration import (
     Reliability,
     band_ece,
     brier,
-    brier_skill,
+    brier_ratio,
     inclusion_by_magnitude,
     log_score_per_positive,
     reliability,
@@ -50,6 +50,7 @@ from probsae.metrics.recovery import (
     mmcs_precision,
     nearest_features,
     share_recovered,
+    support_chance,
     support_scores,
 )
 from probsae.metrics.simulation import active_count, sbc_ranks, simulation_ranks
@@ -112,7 +113,7 @@ __all__ = [
     "band_ece",
     "best_threshold_f1",
     "brier",
-    "brier_skill",
+    "brier_ratio",
     "chance_cosines",
     "chance_level",
     "chance_reappearance",
@@ -155,5 +156,6 @@ __all__ = [
     "share_recovered",
     "share_same_parent",
     "simulation_ranks",
+    "support_chance",
     "support_scores",
 ]

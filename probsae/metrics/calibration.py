@@ -24,7 +24,7 @@ def brier(p_active: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pa
     return float((p_active.double() - is_true.double()).square().mean())
 
 
-def brier_skill(
+def brier_ratio(
     p_active: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"]
 ) -> float:
     """Brier score over that of the constant base rate; 1 is knowing the base rate, 0 the truth."""

@@ -68,6 +68,12 @@ class Coverage(NamedTuple):
         return (self.level * (1 - self.level) / max(self.n_active, 1)).sqrt()
 
 
+def posterior_given_active(posterior: CodePosterior) -> CodePosterior:
+    """Return q(z | z != 0): the slab of a spike-and-slab law, any other law itself."""
+    law = posterior.distribution
+    return CodePosterior(law.slab) if isinstance(law, SpikeSlab) else posterior
+
+
 @torch.no_grad()
 def code_coverage(
     posterior: CodePosterior,
@@ -100,8 +106,7 @@ def code_coverage(
     tensor([0.5000], dtype=torch.float64)
     """
     columns = _columns(posterior, z, columns)
-    law = posterior.distribution
-    given_active = CodePosterior(law.slab) if isinstance(law, SpikeSlab) else posterior
+    given_active = posterior_given_active(posterior)
     is_active = z != 0
     covered: list[tuple[float, float, float]] = []
     for level in levels:

@@ -6,6 +6,7 @@ level, `chance_level`, which belongs beside it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -151,15 +152,26 @@ def support_scores(
     return SupportScores(precision, recall, 2 * hits / max(1, n_predicted + n_true))
 
 
+def support_chance(is_true: Bool[Tensor, "token pair"]) -> SupportScores:
+    """Scores of knowing nothing: every feature called active on every token.
+
+    Of all predictions that do not look at the token, calling a share q of all codes active has
+    precision r, the base rate, and recall q, so that q = 1 has the largest F1, 2 r / (1 + r).
+    """
+    rate = float(is_true.double().mean())
+    return SupportScores(rate, 1.0, 2 * rate / (1 + rate))
+
+
 def best_threshold_f1(
-    score: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"]
+    score: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"], n_missing: int = 0
 ) -> tuple[float, float]:
     """Return the largest F1 of `score > threshold` over all thresholds at least 0, and that one.
 
     A deterministic SAE has no probability to cut at one half; this grants it the best cut on the
-    size of its codes, found with the truth in hand.
+    size of its codes, found with the truth in hand. `n_missing` counts active true codes of
+    features that have no column: no threshold finds them.
     """
-    n_true = int(is_true.sum())
+    n_true = int(is_true.sum()) + n_missing
     is_candidate = score > 0
     order = torch.argsort(score[is_candidate], descending=True)
     values = score[is_candidate][order]
@@ -177,6 +189,19 @@ def best_threshold_f1(
     return float(f1[best]), float((values[best] + below) / 2)
 
 
+@lru_cache(maxsize=64)
+def _chance(n_learned: int, n_true: int, d_in: int, seed: int) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(seed)
+    learned = torch.randn(n_learned, d_in, generator=generator)
+    true = torch.randn(n_true, d_in, generator=generator)
+    return {
+        "mmcs": mmcs(learned, true),
+        "mmcs_precision": mmcs_precision(learned, true),
+        "mcc": mcc(learned, true),
+        "share_recovered": share_recovered(learned, true),
+    }
+
+
 def chance_level(n_learned: int, n_true: int, d_in: int, seed: int = 0) -> dict[str, float]:
     """Scores of a random unit dictionary against another: what a method gets for nothing.
 
@@ -190,17 +215,9 @@ def chance_level(n_learned: int, n_true: int, d_in: int, seed: int = 0) -> dict[
     Returns
     -------
     dict
-        `mmcs`, `mmcs_precision`, `mcc`, `share_recovered`.
+        `mmcs`, `mmcs_precision`, `mcc`, `share_recovered`. That of supports is `support_chance`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    learned = torch.randn(n_learned, d_in, generator=generator)
-    true = torch.randn(n_true, d_in, generator=generator)
-    return {
-        "mmcs": mmcs(learned, true),
-        "mmcs_precision": mmcs_precision(learned, true),
-        "mcc": mcc(learned, true),
-        "share_recovered": share_recovered(learned, true),
-    }
+    return dict(_chance(n_learned, n_true, d_in, seed))
 
 
 def _unit_rows(learned: ArrayLike, true: ArrayLike) -> tuple[Tensor, Tensor]:

@@ -22,15 +22,19 @@ _FIGURES: tuple[tuple[str, Better, str], ...] = (
     ("mmcs", "higher", "mean best cosine of the true features"),
     ("mmcs_chance", "", "the same of a random dictionary"),
     ("mmcs_precision", "higher", "mean best cosine of the learned features"),
+    ("mmcs_precision_chance", "", "the same of a random dictionary"),
     ("mcc", "higher", "mean cosine after one-to-one matching"),
-    ("share_found", "higher", "true features with a cosine above .9"),
+    ("mcc_chance", "", "the same of a random dictionary"),
+    ("share_found", "higher", "true features with a cosine above .9; of a random dictionary 0"),
     ("precision", "higher", "of the support p_active > .5"),
     ("recall", "higher", "of the same"),
     ("f1", "higher", "of the same"),
     ("best_f1", "higher", "at the best threshold"),
+    ("f1_chance", "", "F1 of calling every feature active"),
+    ("brier", "lower", "mean squared error of p_active"),
     ("brier_ratio", "lower", "Brier score over the base rate's; 0 knows the truth"),
     ("band_ece", "lower", "calibration error of p_active from .02 to .98"),
-    ("coverage", "", "active true codes inside their 90% interval; .9 is right"),
+    ("coverage", "", "active true codes inside the 90% interval given active; .9 is right"),
 )
 
 

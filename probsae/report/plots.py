@@ -82,14 +82,22 @@ def reliability_diagram(predictions: Mapping[str, tuple[Tensor, Tensor]]) -> Fig
 
 
 def loss_curves(histories: Mapping[str, Mapping[str, list]]) -> Figure:
-    """Draw fvu and expected l0 of each fit's batches against steps."""
-    figure, (left, right) = new_figure(10, 4, columns=2)
-    for name, history in histories.items():
-        left.plot(history["step"], history["fvu"], label=name)
-        right.plot(history["step"], history["l0"], label=name)
-    left.set(yscale="log", xlabel="step", ylabel="fraction of variance unexplained")
-    right.set(yscale="log", xlabel="step", ylabel="expected active features a token")
-    left.legend(fontsize="small")
+    """Draw each fit's loss, fvu and expected l0 on its batches against steps.
+
+    Losses are nats or squared errors, each family's own: their course is comparable, not their
+    height.
+    """
+    labels = {
+        "loss": "training loss a token, in each family's units",
+        "fvu": "fraction of variance unexplained",
+        "l0": "expected active features a token",
+    }
+    figure, panels = new_figure(14, 4, columns=3)
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+        for name, history in histories.items():
+            axes.plot(history["step"], history[key], label=name)
+        axes.set(yscale="symlog" if key == "loss" else "log", xlabel="step", ylabel=label)
+    panels[0].legend(fontsize="small")
     return figure
 
 

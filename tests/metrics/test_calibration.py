@@ -13,7 +13,7 @@ from scipy.stats import binom
 from probsae.metrics import (
     band_ece,
     brier,
-    brier_skill,
+    brier_ratio,
     inclusion_by_magnitude,
     log_score_per_positive,
     reliability,
@@ -107,7 +107,7 @@ def test_scores_are_proper():
     event = torch.rand(50_000, 1, generator=generator) < p
     bold = torch.sigmoid(2.5 * p.logit())
     assert brier(p, event) < brier(bold, event)
-    assert brier_skill(p, event) < brier_skill(bold, event) < 1
+    assert brier_ratio(p, event) < brier_ratio(bold, event) < 1
     assert log_score_per_positive(p, event) > log_score_per_positive(bold, event)
     assert band_ece(p, event) < 0.02 < 0.1 < band_ece(bold, event)
 

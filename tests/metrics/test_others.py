@@ -9,7 +9,7 @@ from probsae.metrics import (
     alive_features,
     band_ece,
     brier,
-    brier_skill,
+    brier_ratio,
     dead_features,
     density_histogram,
     firing_rates,
@@ -50,11 +50,11 @@ def test_sparsity():
 def test_brier_and_log_score():
     p, event = torch.tensor([[0.8], [0.4]]), torch.tensor([[True], [False]])
     assert brier(p, event) == pytest.approx((0.04 + 0.16) / 2)
-    assert brier_skill(p, event) == pytest.approx(0.1 / 0.25)
-    assert brier_skill(torch.full((2, 1), 0.5), event) == pytest.approx(1)
+    assert brier_ratio(p, event) == pytest.approx(0.1 / 0.25)
+    assert brier_ratio(torch.full((2, 1), 0.5), event) == pytest.approx(1)
     assert log_score_per_positive(p, event) == pytest.approx(math.log(0.8) + math.log(0.6))
     with pytest.raises(ValueError, match="base rate"):
-        brier_skill(p, torch.ones(2, 1, dtype=torch.bool))
+        brier_ratio(p, torch.ones(2, 1, dtype=torch.bool))
 
 
 def test_reliability_by_hand():

@@ -16,6 +16,7 @@ from probsae.metrics import (
     mmcs,
     mmcs_precision,
     share_recovered,
+    support_chance,
     support_scores,
 )
 
@@ -31,9 +32,7 @@ def test_by_hand():
     # Each learned feature is used once: e1 with the first, e2 with the second, e3 with none.
     match = match_features(learned, EYE)
     assert sorted(zip(match.learned.tolist(), match.true.tolist(), strict=True)) == [(0, 0), (1, 1)]
-    assert mcc(learned, EYE) == pytest.approx((1 + HALF) / 3) or mcc(learned, EYE) == pytest.approx(
-        (1 + HALF) / 2
-    )
+    assert mcc(learned, EYE) == pytest.approx((1 + HALF) / 2)  # over the smaller one's features
     assert share_recovered(learned, EYE, 0.9) == pytest.approx(1 / 3)
 
 
@@ -79,6 +78,22 @@ def test_best_threshold_by_hand():
     # Keeping all four: precision 3/4, recall 1, F1 6/7; keeping two: 4/5.
     assert f1 == pytest.approx(6 / 7)
     assert threshold <= 0.2
+
+
+def test_codes_without_a_feature_are_missed_at_every_threshold():
+    score, true = torch.tensor([[0.9], [0.8]]), torch.tensor([[1], [1]], dtype=torch.bool)
+    assert best_threshold_f1(score, true)[0] == 1
+    # Two hits, two predicted, five true: 4/7.
+    assert best_threshold_f1(score, true, n_missing=3)[0] == pytest.approx(4 / 7)
+
+
+def test_no_blind_prediction_beats_the_chance_of_supports():
+    true = torch.rand(20_000, 5) < torch.tensor([0.02, 0.1, 0.1, 0.3, 0.05])
+    chance = support_chance(true)
+    everything = support_scores(torch.ones_like(true), true)
+    assert chance == pytest.approx(everything)
+    for share in (0.01, 0.1, 0.5, 0.9):
+        assert support_scores(torch.rand(true.shape) < share, true).f1 < chance.f1
 
 
 def test_chance_level_is_that_of_random_directions():

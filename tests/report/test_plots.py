@@ -28,10 +28,11 @@ def test_reliability_of_perfect_probabilities_lies_on_the_diagonal():
 
 
 def test_loss_curves_draw_each_history():
-    history = {"step": [1, 2], "fvu": [0.5, 0.1], "l0": [9.0, 3.0]}
-    left, right = plots.loss_curves({"a": history, "b": history}).axes
-    assert len(left.lines) == len(right.lines) == 2
-    np.testing.assert_array_equal(left.lines[0].get_data()[1], history["fvu"])
+    history = {"step": [1, 2], "loss": [3.0, -2.0], "fvu": [0.5, 0.1], "l0": [9.0, 3.0]}
+    panels = plots.loss_curves({"a": history, "b": history}).axes
+    for axes, key in zip(panels, ("loss", "fvu", "l0"), strict=True):
+        assert len(axes.lines) == 2
+        np.testing.assert_array_equal(axes.lines[0].get_data()[1], history[key])
 
 
 def test_tsne_shows_every_token():
