@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from probsae.inference.callbacks import Checkpoint
 from probsae.inference.fit import NonFiniteElboError
 from probsae.inference.fit import fit as run_fit
 from probsae.inference.polish import polish as run_polish
-from probsae.models.files import load, save
+from probsae.models.files import check_replaceable, load, save
 from probsae.report.inspect import feature_page
 from probsae.report.run_folder import (
     DATA,
@@ -84,7 +85,11 @@ def compare(
         correlation=None if correlation == "none" else correlation,
         seed=seed,
     )
-    from probsae.report import write_comparison  # matplotlib: fail before the work, not after it
+    # Fail before the work, not after it: without matplotlib, or where files would be deleted.
+    from probsae.report import write_comparison
+    from probsae.report.markdown import RUN_FILES
+
+    check_replaceable(out, RUN_FILES)
 
     comparison = run_comparison(
         data, methods=ALL if all else STORY, d_sae=d_sae, n_steps=n_steps, seed=seed
@@ -111,6 +116,7 @@ def fit(
     device: str | None = None,
     wandb: bool = False,
     resume: bool = False,
+    verify: bool = True,
 ) -> None:
     """Fit a dictionary to harvested activations.
 
@@ -128,10 +134,19 @@ def fit(
         device: A GPU where there is one, by default.
         wandb: Log to Weights & Biases, offline where there is no account.
         resume: Go on from the checkpoint in `out`.
+        verify: Read the store through first, and compare its checksums.
     """
     if (out / "model").exists() and not resume:
         raise FileExistsError(f"{out} holds a fitted model; choose another folder, or --resume")
-    train, _ = ActivationStore(store).split(held_out)
+    if (out / "checkpoint").exists() and not resume:
+        raise FileExistsError(
+            f"{out} holds the checkpoint of a fit that did not end; --resume, or choose another "
+            "folder"
+        )
+    activations = ActivationStore(store)
+    if verify:
+        activations.verify()
+    train, _ = activations.split(held_out)
     torch.manual_seed(seed)
     dictionary = getattr(models, model)(d_in=train.d_in, d_sae=d_sae, **_json_object(options))
     callbacks: list = [Checkpoint(out / "checkpoint")]
@@ -351,12 +366,17 @@ def study(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what a user can put right ends in one line and exit code 2."""
+    """Run the command; what a user can put right ends in one line and exit code 2.
+
+    With PROBSAE_TRACEBACK set in the environment, it ends where it was raised.
+    """
     verbs = (compare, fit, polish, evaluate, inspect, report, harvest, study)
     commands = {verb.__name__: verb for verb in verbs}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="probsae", args=arguments)
     except (*_USER_ERRORS, NonFiniteElboError) as error:
+        if os.environ.get("PROBSAE_TRACEBACK"):
+            raise
         print(f"probsae: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

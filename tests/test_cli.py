@@ -1,13 +1,16 @@
 """The commands, run as a user runs them: what they write, and how they refuse."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from probsae import Report, SyntheticActivations
+from probsae import ReLUSAE, Report, SyntheticActivations
 from probsae.activations import ActivationStore, StoreWriter
 from probsae.cli import main
+from probsae.models import save
+from tests.lm.tiny import tiny_language_model
 
 
 def run(*arguments: object) -> None:
@@ -59,12 +62,55 @@ def test_fit_then_evaluate(tmp_path, store, capsys):
     assert json.loads((tmp_path / "a" / "history.json").read_text())["step"][-1] == 4
 
 
-def test_resume_goes_on_from_the_checkpoint(tmp_path, store):
+def test_harvest_reads_a_saved_dataset(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from probsae.activations import harvest as module
+
+    monkeypatch.setattr(module, "load_language_model", lambda *_, **__: tiny_language_model())
+    rows = datasets.Dataset.from_dict({"text": ["1 2 3 4 5 6", "7 8 9 10 11"]})
+    rows.save_to_disk(tmp_path / "data")
+    run(
+        "harvest", "tiny", "--hook", "layers.0", "--out", tmp_path / "s", "--dataset",
+        tmp_path / "data", "--context-length", 3,
+    )  # fmt: skip
+    assert ActivationStore(tmp_path / "s").labels().tolist() == [2, 3, 5, 6, 8, 9]
+
+
+def test_resume_goes_on_from_the_checkpoint(tmp_path, store, capsys):
     options = ["--d-sae", 12, "--n-steps", 4, "--batch-size", 64, "--out", tmp_path / "a"]
     run("fit", store, *options)
     with pytest.raises(SystemExit):
         run("fit", store, *options)
+    shutil.rmtree(tmp_path / "a" / "model")  # as after a kill: the checkpoint only
+    with pytest.raises(SystemExit):
+        run("fit", store, *options)
+    assert "--resume" in capsys.readouterr().err
     run("fit", store, *options, "--resume")
+
+
+def test_folders_of_other_things_are_left_alone(tmp_path, store, capsys, monkeypatch):
+    (tmp_path / "thesis.tex").write_text("five years")
+    with pytest.raises(SystemExit):
+        run("compare", "--out", tmp_path, "--n-steps", 1)
+    assert "thesis.tex" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+        save(ReLUSAE(4, 6), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "five years"
+    monkeypatch.setenv("PROBSAE_TRACEBACK", "1")
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+        run("compare", "--out", tmp_path, "--n-steps", 1)
+
+
+def test_a_fit_reads_the_checksums_first(tmp_path, store, capsys):
+    shard = store / "shard-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    options = ["--out", tmp_path / "out", "--d-sae", 4, "--n-steps", 1, "--batch-size", 64]
+    with pytest.raises(SystemExit):
+        run("fit", store, *options)
+    assert "shard-00002" in capsys.readouterr().err
+    run("fit", store, *options, "--no-verify")
 
 
 @pytest.mark.parametrize(

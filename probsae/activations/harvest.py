@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,14 +16,17 @@ from tqdm.auto import tqdm
 from probsae.activations.hooks import HookPoint, capture, find_hook
 from probsae.activations.language_model import LanguageModel, load_language_model
 from probsae.activations.resources import check_disk
-from probsae.activations.shards import DTYPES
+from probsae.activations.shards import DTYPES, checksum
 from probsae.activations.store import ActivationStore
-from probsae.activations.store_writer import StoreWriter
+from probsae.activations.store_writer import INDEX, StoreWriter
 
 # Characters of a text file that make a document: some 16 contexts of 128 tokens.
 _DOCUMENT_CHARACTERS = 8_192
 # Bytes that a store keeps for each token beside its activations: three labels and a norm.
 _LABEL_BYTES = 16
+
+# Rows of a dataset that tell it from others.
+_N_FIRST_ROWS = 16
 
 # Paths, or a `datasets` dataset.
 Text: TypeAlias = Any
@@ -95,6 +99,8 @@ def harvest(
     for name, value in (("n_tokens", n_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if context_length < 2:
         raise ValueError(f"context_length must be at least 2 tokens, got {context_length}")
     documents = _Documents(text)
@@ -115,17 +121,23 @@ def harvest(
         "context_length": context_length,
         "exclude_first": exclude_first,
     }
+    folders = _folders(Path(out), hooks)
+    # A kill may have come between two stores' last words: then the others go on.
+    are_all_there = all((folder / INDEX).exists() for folder in folders)
     writers = [
         StoreWriter(
             folder, width, dtype=dtype, shard_tokens=shard_tokens, model=model.name, hook=hook,
-            settings=settings,
+            settings=settings, may_be_finished=not are_all_there,
         )
-        for folder, width, hook in zip(_folders(Path(out), hooks), widths, hooks, strict=True)
+        for folder, width, hook in zip(folders, widths, hooks, strict=True)
     ]  # fmt: skip
-    _fill(writers, model, points, contexts, n_tokens, int(exclude_first), progress)
-    for writer in writers:
+    is_open = [not writer.is_finished for writer in writers]
+    todo = list(itertools.compress(writers, is_open))
+    points = list(itertools.compress(points, is_open))
+    _fill(todo, model, points, contexts, n_tokens, int(exclude_first), progress)
+    for writer in todo:
         writer.finish()
-    return [ActivationStore(writer.path) for writer in writers]
+    return [ActivationStore(folder) for folder in folders]
 
 
 def _fill(
@@ -144,7 +156,8 @@ def _fill(
     """
     n_kept = contexts.length - n_skipped
     on_disk = [writer.n_tokens for writer in writers]
-    n_done = min(on_disk) // n_kept * n_kept
+    # Whole batches, so that they are the same as without the kill, and the same to the last bit.
+    n_done = min(on_disk) // (n_kept * contexts.batch_size) * n_kept * contexts.batch_size
     bar = tqdm(
         total=n_tokens, initial=n_done, desc="harvest", unit="token", unit_scale=True, delay=2,
         disable=None if progress is None else not progress,
@@ -227,23 +240,29 @@ def _stack(rows: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack([ids for _, ids in rows]), torch.tensor([number for number, _ in rows])
 
 
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
 class _Documents:
     """Text document by document; no more than a document of each file is in memory."""
 
     def __init__(self, text: Text):
         self.dataset, self.files = None, []
         if hasattr(text, "column_names"):
-            if "text" not in text.column_names:
-                raise ValueError(f"a dataset needs a column 'text', got {text.column_names}")
+            # Streams know neither their columns nor a fingerprint: the first rows speak for them.
+            first = list(itertools.islice(text, _N_FIRST_ROWS))
+            columns = text.column_names or [name for row in first[:1] for name in row]
+            if "text" not in columns:
+                raise ValueError(f"a dataset needs a column 'text', got {columns}")
             self.dataset = text
-            self.fingerprint = str(getattr(text, "_fingerprint", len(text)))
+            self.fingerprint = _digest([row["text"] for row in first])
             return
         self.files = [Path(file) for file in ([text] if isinstance(text, str | Path) else text)]
         missing = [str(file) for file in self.files if not file.is_file()]
         if missing or not self.files:
             raise FileNotFoundError(f"there is no text file {', '.join(missing) or 'given'}")
-        sizes = [(file.name, file.stat().st_size) for file in self.files]
-        self.fingerprint = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+        self.fingerprint = _digest([(file.name, checksum(file)) for file in self.files])
 
     def __iter__(self) -> Iterator[str]:
         if self.dataset is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,8 +68,17 @@ class ActivationStore:
             Shard(file, size, self.d_in, dtype) for file, size in zip(files, sizes, strict=True)
         ]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self.mean = load_file(self.path / self.index["mean"]["file"])["mean"]
+        self.mean = self._read_mean()
         self.rows = range(int(self._starts[-1])) if rows is None else rows
+
+    def _read_mean(self) -> Float[Tensor, " d_in"]:
+        try:
+            file = self.path / self.index["mean"]["file"]
+            return load_file(file)["mean"].reshape(self.d_in)
+        except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+            raise CorruptShardError(
+                f"{self.path} has no readable mean ({error!r}); harvest this store again"
+            ) from error
 
     @property
     def n_tokens(self) -> int:

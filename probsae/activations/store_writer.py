@@ -14,6 +14,7 @@ from torch import Tensor
 from probsae.activations.scaling import Scale, combine
 from probsae.activations.shards import (
     DTYPES,
+    CorruptShardError,
     Shard,
     TokenData,
     checksum,
@@ -47,11 +48,15 @@ class StoreWriter:
         Where the activations came from.
     settings : dict, optional
         JSON-ready; a resumed write must have the same.
+    may_be_finished : bool, default False
+        Whether to accept a finished store of the same description: nothing is left to do then.
 
     Attributes
     ----------
     n_tokens : int
         Tokens appended so far, those found on disk included: where to go on.
+    is_finished : bool
+        Whether the folder holds the whole store.
 
     Raises
     ------
@@ -80,6 +85,7 @@ class StoreWriter:
         model: str = "",
         hook: str = "",
         settings: dict[str, Any] | None = None,
+        may_be_finished: bool = False,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -87,7 +93,7 @@ class StoreWriter:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.path, self.d_in, self.dtype, self.shard_tokens = Path(path), d_in, dtype, shard_tokens
-        self._header = {
+        header = {
             "format_version": FORMAT_VERSION,
             "model": model,
             "hook": hook,
@@ -96,6 +102,8 @@ class StoreWriter:
             "shard_tokens": shard_tokens,
             "settings": settings or {},
         }
+        self._header = json.loads(json.dumps(header))
+        self._may_be_finished, self.is_finished = may_be_finished, False
         self._n_shards = self._resume()
         self.n_tokens = self._n_shards * shard_tokens
         self._buffer: list[TokenData] = []
@@ -104,9 +112,14 @@ class StoreWriter:
     def _resume(self) -> int:
         """Return the number of whole shards on disk, having removed what a kill left over."""
         if (self.path / INDEX).exists():
-            raise FileExistsError(
-                f"{self.path} holds a finished store; remove it or choose another"
-            )
+            if not self._may_be_finished:
+                raise FileExistsError(
+                    f"{self.path} holds a finished store; remove it or choose another"
+                )
+            index = json.loads((self.path / INDEX).read_text())
+            self._check_header(index, "finished")
+            self.is_finished = True
+            return len(index["shards"])
         shards = sorted(self.path.glob("shard-*.safetensors"))
         if not (self.path / SETTINGS).exists():
             if self.path.exists() and any(p for p in self.path.iterdir() if p.suffix != ".tmp"):
@@ -114,21 +127,28 @@ class StoreWriter:
                     f"{self.path} is not empty and holds no store; choose another"
                 )
             return 0
-        begun = json.loads((self.path / SETTINGS).read_text())
-        header = json.loads(json.dumps(self._header))
-        if begun != header:
-            different = sorted(key for key in header if begun.get(key) != header[key])
-            raise FileExistsError(
-                f"{self.path} was begun with another {', '.join(different)}; repeat that command "
-                "to go on with it, or remove the folder"
-            )
+        self._check_header(json.loads((self.path / SETTINGS).read_text()), "begun")
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
         for i, shard in enumerate(shards):
             if shard.name != _shard_name(i):
                 raise FileExistsError(f"{self.path} lacks {_shard_name(i)}; remove the folder")
-            Shard(shard, self.shard_tokens, self.d_in, self.dtype)
+            try:
+                Shard(shard, self.shard_tokens, self.d_in, self.dtype)
+            except CorruptShardError:
+                if i < len(shards) - 1:
+                    raise
+                shard.unlink()  # the short last one of a writer that was killed as it finished
+                return i
         return len(shards)
+
+    def _check_header(self, found: dict[str, Any], state: str) -> None:
+        different = sorted(key for key in self._header if found.get(key) != self._header[key])
+        if different:
+            raise FileExistsError(
+                f"{self.path} was {state} with another {', '.join(different)}; repeat that command "
+                "to go on with it, or remove the folder"
+            )
 
     def append(
         self,
@@ -214,6 +234,7 @@ class StoreWriter:
         }
         write_bytes(self.path / INDEX, _json(index))
         (self.path / SETTINGS).unlink()
+        self.is_finished = True
 
 
 def _statistics(shards: list[Shard], n_tokens: int) -> tuple[Tensor, Scale]:

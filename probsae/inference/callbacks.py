@@ -14,7 +14,15 @@ from torch import Tensor
 
 from probsae.inference.elbo import Objective
 from probsae.models.base import SparseDictionary
-from probsae.models.files import atomic_write, save_dictionary
+from probsae.models.files import (
+    DICTIONARY_FILES,
+    atomic_write,
+    check_replaceable,
+    save_dictionary,
+)
+
+CHECKPOINT_FILES = (*DICTIONARY_FILES, "optimizer.safetensors", "fit.json")
+"""Names of a checkpoint's files."""
 
 
 @dataclass
@@ -35,6 +43,10 @@ class FitState:
     """The step's activations."""
     objective: Objective | None = None
     """The step's losses, detached tensors on the device: reading one waits for the device."""
+    is_bad: Tensor | None = None
+    """On the device: 1 from the first step on whose loss or gradient was not finite, else 0. The
+    host looks at it every 50 steps on a GPU; a callback that changes the model at each step must
+    leave it alone where this is 1."""
     history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
 
@@ -67,12 +79,20 @@ class Checkpoint(Callback):
         written beside it and moved into place.
     every : int, default 500
         Steps between two checkpoints.
+
+    Raises
+    ------
+    FileExistsError
+        At the start of a fit, if the folder holds anything else.
     """
 
     def __init__(self, path: str | Path, every: int = 500):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.path, self.every = Path(path), every
+
+    def on_start(self, state: FitState) -> None:
+        check_replaceable(self.path, CHECKPOINT_FILES)
 
     def on_step(self, state: FitState) -> None:
         if state.step % self.every == 0 or state.step == state.n_steps:
@@ -89,7 +109,7 @@ def save_checkpoint(path: Path, state: FitState) -> None:
     }
     tensors["rng"] = torch.get_rng_state()
     progress = {"step": state.step, "n_steps": state.n_steps, "seed": state.seed}
-    with atomic_write(path) as folder:
+    with atomic_write(path, CHECKPOINT_FILES) as folder:
         save_dictionary(state.model, folder)
         save_file(tensors, folder / "optimizer.safetensors")
         (folder / "fit.json").write_text(json.dumps({**progress, "history": state.history}))

@@ -131,7 +131,7 @@ class DictionaryPosterior:
         if self.log_odds_real is not None:
             tensors["log_odds_real"] = self.log_odds_real
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        with atomic_write(path) as folder:
+        with atomic_write(path, (_FILE,)) as folder:
             save_file(tensors, folder / _FILE)
 
     @classmethod

@@ -160,6 +160,7 @@ def fit(
             stream = itertools.islice(stream, state.step, None)
         model.train()
         single = _SingleFit(state, step, schedule, learning_rate, list(callbacks))
+        single.n_tokens = state.step * batch_size
         try:
             with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
                 run(single, stream, bar)
@@ -167,7 +168,7 @@ def fit(
             model.noise_factor.fill_(1.0)
             model.eval()
     warn_of_binding_floor(model)
-    return FitResult(model, state.history, state.step, state.step * batch_size)
+    return FitResult(model, state.history, state.step, single.n_tokens)
 
 
 class _SingleFit(Fits):
@@ -184,6 +185,7 @@ class _SingleFit(Fits):
         self.state, self.take_gradient, self.schedule = state, step, schedule
         self.learning_rate, self.callbacks = learning_rate, callbacks
         self.n_steps, self.device = state.n_steps, state.device
+        self.n_tokens = 0
         self.kl_weight = torch.ones((), device=state.device)
         self.guard = FiniteGuard(state)
 
@@ -201,11 +203,14 @@ class _SingleFit(Fits):
         state.is_warm = schedule.is_warm(state.step, state.n_steps)
         _set_rates(state, schedule, self.learning_rate)
         if state.model.learn_noise:
-            state.model.noise_factor.fill_(schedule.noise_factor(state.step, state.n_steps))
+            factor, is_bad = state.model.noise_factor, self.guard.flag
+            scheduled = schedule.noise_factor(state.step, state.n_steps)
+            factor.copy_(torch.where(is_bad > 0, factor, scheduled))
 
     def advance(self, x: Tensor) -> None:
         self.state.batch = x
         self.state.objective = self.take_gradient(self.state.model, x, self.kl_weight)
+        self.n_tokens += len(x)
         self.guard.watch()
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()

@@ -10,6 +10,15 @@ from torch import Tensor
 from probsae.inference.callbacks import FitState
 from probsae.inference.loop import CHECK_EVERY
 
+CAUSES = (
+    "the activations hold NaN or infinity",
+    "the ELBO is not finite, and the cause is its term log_likelihood",
+    "the ELBO is not finite, and the cause is its term kl",
+    "the ELBO is not finite, and the cause is its term auxiliary",
+    "the ELBO is finite, but a gradient is not",
+)
+"""What can stop a fit, in the order in which it is looked for."""
+
 
 class NonFiniteElboError(FloatingPointError):
     """A fit met NaN or infinity; the model keeps its parameters of the last good step.
@@ -27,14 +36,17 @@ class FiniteGuard:
     """Keeps the first bad step, and all after it, from changing parameters; no host wait.
 
     Fused Adam skips its update where `found_inf` is 1, on the device. The flag is sticky, so when
-    the host looks, the parameters are still those before the first bad step.
+    the host looks, the parameters are still those before the first bad step; what else acts on
+    the model in between reads the flag too (`FitState.is_bad`).
     """
 
     def __init__(self, state: FitState):
         self.state = state
-        self.flag = torch.zeros((), device=state.device)
+        self.flag = state.is_bad = torch.zeros((), device=state.device)
         self.first_bad_step = torch.zeros((), device=state.device)
+        self.cause = torch.zeros((), device=state.device, dtype=torch.long)
         self.good_buffers = self._buffers()
+        self._step_of_buffers = state.step
         optimizer: Any = state.optimizer
         optimizer.found_inf = self.flag  # read by fused Adam
 
@@ -43,28 +55,35 @@ class FiniteGuard:
 
     def watch(self) -> None:
         """Raise the flag if this step's loss or a gradient is not finite."""
-        objective = self.state.objective
+        objective, batch = self.state.objective, self.state.batch
         assert objective is not None
+        assert batch is not None
         gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        is_bad = ~(torch.isfinite(norm) & torch.isfinite(objective.loss))
-        self.first_bad_step += (self.flag == 0) * is_bad * (self.state.step + 1)
+        is_bad = ~torch.isfinite(norm + objective.loss)
+        terms = (objective.log_likelihood, objective.kl, objective.auxiliary)
+        # In the order of `CAUSES`; a batch's sum is finite if its values are, and not too large.
+        is_finite = torch.isfinite(torch.stack([batch.sum(), *terms, norm]))
+        is_finite[-1] = False
+        is_new = is_bad & (self.flag == 0)
+        self.cause = torch.where(is_new, (~is_finite).long().argmax(), self.cause)
+        self.first_bad_step += is_new * (self.state.step + 1)
         torch.maximum(self.flag, is_bad.to(self.flag.dtype), out=self.flag)
 
     def check(self) -> None:
         """Look at the flag; stop the fit if it is up."""
+        state = self.state
         if not bool(self.flag):
-            if self.state.step % CHECK_EVERY == 0:
-                self.good_buffers = self._buffers()
+            if state.step + 1 >= self._step_of_buffers + CHECK_EVERY:
+                self.good_buffers, self._step_of_buffers = self._buffers(), state.step + 1
             return
         step = int(self.first_bad_step)
-        cause = _cause(self.state, step)
-        for name, value in self.state.model.named_buffers():
+        for name, value in state.model.named_buffers():
             if not bool(torch.isfinite(value).all()):
                 value.copy_(self.good_buffers[name])
-        self.state.step = step - 1
-        error = NonFiniteElboError(explain(step, cause))
-        error.state = self.state
+        state.step = step - 1
+        error = NonFiniteElboError(explain(step, CAUSES[int(self.cause)]))
+        error.state = state
         raise error
 
 
@@ -74,16 +93,3 @@ def explain(step: int, cause: str) -> str:
         f"step {step}: {cause}. The model keeps its parameters of step {step - 1}. Look for "
         "extreme values in the data, or try a lower learning_rate or a longer warm-up."
     )
-
-
-def _cause(state: FitState, step: int) -> str:
-    """Name what is not finite, from the batch at hand and the kept parameters."""
-    assert state.batch is not None
-    assert state.objective is not None
-    if not bool(torch.isfinite(state.batch).all()):
-        return "the activations hold NaN or infinity"
-    for name in ("log_likelihood", "kl", "auxiliary"):
-        value = getattr(state.objective, name)
-        if not bool(torch.isfinite(value).all()):
-            return f"the ELBO is not finite, and the cause is its term {name} = {float(value)}"
-    return "the ELBO is finite, but a gradient is not"

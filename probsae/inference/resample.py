@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ class ResampleDeadFeatures(Callback):
     the loss on a large random subset of the data; for each dead feature draw an input with
     probability proportional to its squared loss. The feature's direction becomes that input,
     normalised; its encoder column that input at .2 of the alive columns' mean norm; its encoder
-    bias 0; Adam's moments of these entries are reset.
+    bias 0 (a JumpReLU's log threshold: the alive ones' mean); Adam's moments of these entries are
+    reset. An ensemble's and a fit's data must be such that a subset can be taken: no iterator.
 
     Parameters
     ----------
@@ -61,6 +62,11 @@ class ResampleDeadFeatures(Callback):
                 "only deterministic SAEs are resampled, got "
                 f"{type(state.model).__name__}; a posterior switches surplus features off by itself"
             )
+        if isinstance(state.data, Iterator):
+            raise ValueError(
+                "resampling looks at a random subset of the data, and an iterator's tokens can be "
+                "had only once; pass a tensor, a store or a synthetic source"
+            )
         self.last_fired = torch.full((state.model.d_sae,), state.step, device=state.device)
 
     def on_step(self, state: FitState) -> None:
@@ -95,8 +101,11 @@ class ResampleDeadFeatures(Callback):
         _set(state, model.W_dec, dead, direction)
         _set(state, model.W_enc, (slice(None), dead), _ENCODER_SHARE * norm * direction.T)
         for name, parameter in model.named_parameters():
-            if parameter.shape == (model.d_sae,) and name != "log_threshold":
-                _set(state, parameter, dead, 0.0)
+            if parameter.shape == (model.d_sae,):
+                # A JumpReLU's threshold has no zero: the alive features' stands in for it.
+                is_threshold = name == "log_threshold" and bool(is_alive.any())
+                value = float(parameter[is_alive].mean()) if is_threshold else 0.0
+                _set(state, parameter, dead, value)
 
 
 def _set(state: FitState, parameter: Tensor, index: Any, value: Tensor | float) -> None:

@@ -83,9 +83,13 @@ class TargetL0(Callback):
         if state.step == 1:
             deviation = limit_norms(state.batch - model.b_dec).square().mean().sqrt()
             _scale_noise(state, _INITIAL_NOISE * deviation / model.noise_scale)
+        assert state.is_bad is not None
         target = self._target_at(state.step / state.n_steps)
-        self._rate_logit.add_(math.log(target) - self._rate_logit.sigmoid().sum().log())
-        _scale_noise(state, (_GAIN * _log_error(state.objective.l0, target)).exp())
+        shift = math.log(target) - self._rate_logit.sigmoid().sum().log()
+        factor = (_GAIN * _log_error(state.objective.l0, target)).exp()
+        is_bad = state.is_bad > 0
+        self._rate_logit.add_(torch.where(is_bad, 0.0, shift))
+        _scale_noise(state, torch.where(is_bad, 1.0, factor))
 
     def _target_at(self, share: float) -> float:
         begin, end = _FALL

@@ -139,7 +139,7 @@ def save_dictionary_learning(
         A deterministic SAE is written as it is, a posterior as the point SAE nearest to it
         (a JumpReluAutoEncoder); save the posterior itself with `probsae.save`.
     path : str or Path
-        Folder; replaced as a whole if it exists.
+        Folder; replaced as a whole if it holds nothing else.
     x : Tensor of shape (token, d_in), optional
         Activations on which the point SAE of a posterior is chosen, see `point_sae`.
     trainer : mapping, optional
@@ -156,7 +156,7 @@ def save_dictionary_learning(
     if isinstance(point, TopKSAE):
         about["k"] = point.k
     config = {"trainer": {**(trainer or {}), **about}, "buffer": {}}
-    with atomic_write(path) as folder:
+    with atomic_write(path, (_WEIGHTS, _CONFIG)) as folder:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         torch.save(tensors, folder / _WEIGHTS)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2))

@@ -142,7 +142,7 @@ def save_sae_lens(
         SAELens does itself); a posterior as the point SAE nearest to it, with all of it in
         posterior.safetensors, which SAELens ignores and `load_sae_lens` reads back.
     path : str or Path
-        Folder; replaced as a whole if it exists.
+        Folder; replaced as a whole if it holds nothing else.
     x : Tensor of shape (token, d_in), optional
         Activations on which the point SAE of a posterior is chosen, see `point_sae`.
     metadata : mapping, optional
@@ -183,7 +183,7 @@ def save_sae_lens(
         **options,
         "metadata": {"sae_lens_version": _FORMAT_VERSION, **(metadata or {}), "probsae": own},
     }
-    with atomic_write(path) as folder:
+    with atomic_write(path, (_WEIGHTS, _CONFIG, _POSTERIOR)) as folder:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _WEIGHTS)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2))
         save_tensors(model, folder / _POSTERIOR)

@@ -58,7 +58,7 @@ def save_sparsify(model: SparseDictionary, path: str | Path) -> None:
     model : TopKSAE
         sparsify has no other activation.
     path : str or Path
-        Folder; replaced as a whole if it exists.
+        Folder; replaced as a whole if it holds nothing else.
 
     Raises
     ------
@@ -84,6 +84,6 @@ def save_sparsify(model: SparseDictionary, path: str | Path) -> None:
         "transcode": False,
         "d_in": model.d_in,
     }
-    with atomic_write(path) as folder:
+    with atomic_write(path, (_WEIGHTS, _CONFIG)) as folder:
         save_file(tensors, folder / _WEIGHTS)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2))

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +18,34 @@ from torch import Tensor
 
 from probsae.models.base import SparseDictionary
 
+DICTIONARY_FILES = ("model.safetensors", "config.json")
+"""Names of a saved dictionary's files."""
+
+
+def check_replaceable(path: str | Path, names: Collection[str]) -> None:
+    """Raise FileExistsError where `path` holds more than `names`, which replacing it would lose."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; choose a folder")
+    others = sorted(p.name for p in path.iterdir() if p.name not in names) if path.exists() else []
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        raise FileExistsError(
+            f"{path} holds {', '.join(others[:3])}{more}, which writing it anew would delete; "
+            "choose another folder"
+        )
+
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, names: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a new folder that takes the place of `path` when the block ends well.
 
-    After an error, or a kill at any point, `path` is what it was before.
+    After an error, or a kill at any point, `path` is what it was before. An existing folder is
+    replaced only if it holds nothing but `names`; None is for folders nobody else writes to.
     """
     path = Path(path)
+    if names is not None:
+        check_replaceable(path, names)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -72,9 +92,14 @@ def save(model: SparseDictionary, path: str | Path) -> None:
     model : SparseDictionary
         Any exported dictionary, fitted or not.
     path : str or Path
-        Folder; replaced as a whole if it exists.
+        Folder; replaced as a whole if it holds a saved dictionary.
+
+    Raises
+    ------
+    FileExistsError
+        If it holds anything else.
     """
-    with atomic_write(path) as folder:
+    with atomic_write(path, DICTIONARY_FILES) as folder:
         save_dictionary(model, folder)
 
 

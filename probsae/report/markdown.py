@@ -32,10 +32,21 @@ _CAPTIONS = {
 }
 
 
+RUN_FILES = (
+    *("report.md", "report.json", "posterior.nc", "model"),
+    *(f"{name}.png" for name in _CAPTIONS),
+    *(run_folder.DATA, run_folder.RELIABILITY, run_folder.STABILITY, run_folder.POSTERIOR),
+    run_folder.PAGE,
+)
+"""Names of what a comparison writes, and of what other commands put beside it."""
+
+
 def write_comparison(
     comparison: Comparison, data: SyntheticActivations, folder: str | Path
 ) -> Path:
     """Write everything about a comparison into `folder`, at once or not at all.
+
+    A folder that exists is replaced only if it holds nothing but `RUN_FILES`.
 
     Returns
     -------
@@ -43,7 +54,7 @@ def write_comparison(
         Of report.md.
     """
     folder = Path(folder)
-    with atomic_write(folder) as partial:
+    with atomic_write(folder, RUN_FILES) as partial:
         (partial / "report.json").write_text(comparison.report.to_json())
         predictions = _predictions(comparison.dictionaries, data)
         for name, figure in _figures(comparison, data, predictions).items():

@@ -24,7 +24,7 @@ from probsae.report.token_text import Decode, TokenText, token_text
 from probsae.synthetic import SyntheticActivations
 
 DATA, RELIABILITY, POSTERIOR = "data.json", "reliability.json", "posterior"
-_STABILITY = "stability.safetensors"
+STABILITY, PAGE = "stability.safetensors", "report.html"
 # Of fresh synthetic tokens: none that a fit or its evaluation has seen.
 _SEED = 4
 # Instead of a tokenizer's name: show token ids.
@@ -119,7 +119,7 @@ def report_run(
         },
         history=_read(run / "history.json"),
     )
-    return write_browser(page, out or run / "report.html")
+    return write_browser(page, out or run / PAGE)
 
 
 def gather_run(
@@ -154,7 +154,7 @@ def gather_run(
         x,
         text=text,
         posterior=posterior or read_posterior(run),
-        stability=_stability(run / _STABILITY, model.d_sae),
+        stability=_stability(run / STABILITY, model.d_sae),
         logit_effects=logit_effects,
         level=level,
     )

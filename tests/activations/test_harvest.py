@@ -107,6 +107,69 @@ def test_dataset_rows_are_documents(tmp_path):
         harvest(tiny_language_model(), rows.rename_column("text", "t"), "layers.0", tmp_path / "o")
 
 
+def test_streamed_datasets_have_neither_length_nor_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["1 2 3 4 5 6", "7 8 9 10 11", "1 2"]})
+    options = {"context_length": 3, "exclude_first": False, "dtype": "float32"}
+    model = tiny_language_model()
+    (whole,) = harvest(model, rows, "layers.0", tmp_path / "whole", **options)
+    stream = rows.to_iterable_dataset().map(lambda row: row)
+    assert stream.column_names is None
+    (streamed,) = harvest(model, stream, "layers.0", tmp_path / "streamed", **options)
+    assert streamed.index == whole.index
+    nothing = rows.rename_column("text", "t").to_iterable_dataset()
+    with pytest.raises(ValueError, match="column 'text'"):
+        harvest(model, nothing.map(lambda row: row), "layers.0", tmp_path / "o")
+
+
+@pytest.mark.parametrize("n_checksums", [3, 60])
+def test_killed_while_finishing_goes_on_to_the_same_bytes(tmp_path, text, monkeypatch, n_checksums):
+    """At the third checksum the first store has all shards; at the 60th the second."""
+    from probsae.activations import store_writer
+
+    options = {
+        "n_tokens": 6_000, "context_length": 16, "batch_size": 3, "shard_tokens": 128,
+        "dtype": "float32",
+    }  # fmt: skip
+    model, n_left, original = tiny_language_model(), n_checksums, store_writer.checksum
+
+    def killed(path):
+        nonlocal n_left
+        n_left -= 1
+        if n_left == 0:
+            raise KeyboardInterrupt
+        return original(path)
+
+    monkeypatch.setattr(store_writer, "checksum", killed)
+    with pytest.raises(KeyboardInterrupt):
+        harvest(model, text, HOOKS, tmp_path / "out", **options)
+    monkeypatch.undo()
+    folders = [tmp_path / "out" / hook.replace(":", ".") for hook in HOOKS]
+    is_finished = [(folder / "index.json").exists() for folder in folders]
+    assert is_finished[:2] == [n_checksums == 60, False]
+    with pytest.raises(FileExistsError, match="another settings"):
+        harvest(model, text[:1], HOOKS, tmp_path / "out", **options)
+    resumed = harvest(model, text, HOOKS, tmp_path / "out", **options)
+    at_once = harvest(model, text, HOOKS, tmp_path / "o2", **options)
+    for a, b in zip(resumed, at_once, strict=True):
+        assert a.index == b.index
+        a.verify()
+    with pytest.raises(FileExistsError, match="finished store"):
+        harvest(model, text, HOOKS, tmp_path / "out", **options)
+
+
+def test_text_of_equal_size_is_another_text(tmp_path, text):
+    options = {"n_tokens": 300, "context_length": 16, "shard_tokens": 64, "batch_size": 1}
+    model = tiny_language_model()
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        harvest(model, text, "layers.0", tmp_path / "out", dtype="int8")
+    writer_settings = harvest(model, text, "layers.0", tmp_path / "a", **options)[0].index
+    content = text[0].read_text()
+    text[0].write_text(content[1:] + content[0])
+    other = harvest(model, text, "layers.0", tmp_path / "b", **options)[0].index
+    assert writer_settings["settings"] != other["settings"]
+
+
 KILLED = """
 import sys
 from pathlib import Path

@@ -162,6 +162,18 @@ def test_changed_bytes_fail_the_checksum(tmp_path, x):
         ActivationStore(tmp_path / "s").verify()
 
 
+def test_empty_and_meanless_stores_are_named(tmp_path, x):
+    write(tmp_path / "s", x)
+    index = tmp_path / "s" / "index.json"
+    content = json.loads(index.read_text())
+    (tmp_path / "s" / "mean.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CorruptShardError, match="mean"):
+        ActivationStore(tmp_path / "s")
+    index.write_text(json.dumps({**content, "shards": []}))
+    with pytest.raises(ValueError, match="is empty"):
+        ActivationStore(tmp_path / "s")
+
+
 def test_garbled_index(tmp_path, x):
     write(tmp_path / "s", x)
     index = tmp_path / "s" / "index.json"

@@ -23,6 +23,7 @@ from probsae.inference import (
     WandbLogger,
     step,
 )
+from probsae.inference.fit import _SingleFit
 
 OPTIONS = {"n_steps": 30, "batch_size": 32, "device": "cpu", "progress": False}
 
@@ -51,6 +52,7 @@ def test_an_iterator_that_ends_ends_the_fit(source):
     with pytest.warns(UserWarning, match="ended after 3 of 30 steps"):
         result = ps.fit(small_model(), iter([x, x, x]), **OPTIONS)
     assert result.n_steps == 3
+    assert result.n_tokens == 3 * 64  # whatever batch_size says: an iterator's batches are its own
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,44 @@ def test_a_nonfinite_batch_stops_the_fit_at_the_last_good_step(source):
     for name, value in model.state_dict().items():
         assert torch.equal(value, keep.weights[name]), name
     assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("build", "callbacks"),
+    [
+        (lambda: ps.SpikeSlabDictionary(8, 12), []),
+        (lambda: ps.SpikeSlabDictionary(8, 12, learn_noise=False), [ps.inference.TargetL0(3)]),
+        (lambda: ps.BatchTopKSAE(8, 12, k=3), []),
+    ],
+)
+def test_where_looking_is_rare_nothing_changes_after_the_bad_step(
+    source, monkeypatch, build, callbacks
+):
+    """As on a GPU: the host looks at the end only, 20 steps after the bad one."""
+    somewhere_else = property(lambda self: torch.device("meta"), lambda self, value: None)
+    monkeypatch.setattr(_SingleFit, "device", somewhere_else, raising=False)
+    good, _ = source.sample(32)
+    bad = good.clone()
+    bad[5, 2] = 1e30
+
+    class Keep(Callback):
+        def on_step(self, state):
+            if state.step == 9:
+                self.weights = {k: v.detach().clone() for k, v in state.model.named_parameters()}
+            self.last = state.step
+
+    keep, model = Keep(), build()
+    batches = [good] * 9 + [bad] + [good] * 20
+    with pytest.raises(NonFiniteElboError, match=r"step 10: .*log_likelihood.*step 9") as stop:
+        ps.fit(
+            model, iter(batches), **(OPTIONS | {"batch_size": 600}), callbacks=[*callbacks, keep]
+        )
+    assert keep.last == 29  # it did go on
+    assert stop.value.state.step == 9
+    for name, value in model.named_parameters():
+        # Rows that are normalised again change in the last bit.
+        torch.testing.assert_close(value.detach(), keep.weights[name], rtol=1e-6, atol=1e-7)
+    assert all(bool(torch.isfinite(b).all()) for b in model.buffers())
 
 
 def test_any_pyro_elbo_can_be_passed(source):

@@ -31,6 +31,8 @@ def run(cls, n_steps=6):
     model.initialize_(data.sample(500, seed=0)[0])
     with torch.no_grad():
         model.b_enc[DEAD] = -100.0
+        if cls is ps.JumpReLUSAE:
+            model.log_threshold[DEAD] = 5.0
     before, after = Record(), Record()
     resample = ResampleDeadFeatures([n_steps], dead_after=n_steps, n_tokens=4096)
     ps.fit(
@@ -40,7 +42,7 @@ def run(cls, n_steps=6):
     return data, before, resample, after
 
 
-@pytest.mark.parametrize("cls", [ps.ReLUSAE, ps.GatedSAE])
+@pytest.mark.parametrize("cls", [ps.ReLUSAE, ps.GatedSAE, ps.JumpReLUSAE])
 def test_dead_features_point_at_badly_explained_inputs(cls):
     data, before, resample, after = run(cls)
     assert resample.history == [(6, 2)]
@@ -52,6 +54,10 @@ def test_dead_features_point_at_badly_explained_inputs(cls):
     norm = before.seen["W_enc"][:, alive].norm(dim=0).mean()
     torch.testing.assert_close(after.seen["W_enc"][:, DEAD], 0.2 * norm * direction.T)
     assert after.seen["b_enc"][DEAD].tolist() == [0.0, 0.0]
+    if cls is ps.JumpReLUSAE:
+        threshold = after.seen["log_threshold"]
+        torch.testing.assert_close(threshold[DEAD], threshold[alive].mean().expand(2))
+        assert float(after.moments["log_threshold"]["exp_avg_sq"][DEAD].abs().max()) == 0
     # Each direction is one of the inputs that were looked at, normalised.
     x = take(data, 4096, seed=6)
     inputs = F.normalize(x - after.seen["b_dec"], dim=1)
@@ -89,6 +95,14 @@ def test_features_that_fire_are_left_alone():
     resample = ResampleDeadFeatures([3, 5], dead_after=2, n_tokens=512)
     ps.fit(model, data, n_steps=6, batch_size=256, callbacks=[resample])
     assert resample.history == [(3, 0), (5, 0)]
+
+
+def test_iterators_are_refused():
+    with pytest.raises(ValueError, match="only once"):
+        ps.fit(
+            ps.ReLUSAE(4, 6), iter([torch.randn(50, 4)]), n_steps=1,
+            callbacks=[ResampleDeadFeatures([1], dead_after=1)],
+        )  # fmt: skip
 
 
 def test_probabilistic_dictionaries_are_refused():

@@ -11,9 +11,8 @@ from tqdm.auto import tqdm
 
 from probsae.inference.ensemble.group import Group
 from probsae.inference.ensemble.member import Member
-from probsae.inference.ensemble.program import CAUSES
 from probsae.inference.fit import SHOWN
-from probsae.inference.guard import explain
+from probsae.inference.guard import CAUSES, explain
 from probsae.inference.loop import Fits
 from probsae.models.base import SparseDictionary
 
@@ -98,6 +97,7 @@ class EnsembleFits(Fits):
         for group, i, member in self._running():
             if member.callbacks:
                 member.state.objective = group.objective_of(i)
+                member.state.is_bad = (~group.guard.is_alive[i]).float()
             for callback in member.callbacks:
                 callback.on_step(member.state)
 

@@ -21,15 +21,6 @@ from probsae.inference.elbo import Objective, objective
 from probsae.inference.ensemble.stack import Tensors
 from probsae.models.base import SparseDictionary
 
-CAUSES = (
-    "the activations hold NaN or infinity",
-    "the ELBO is not finite, and the cause is its term log_likelihood",
-    "the ELBO is not finite, and the cause is its term kl",
-    "the ELBO is not finite, and the cause is its term auxiliary",
-    "the ELBO is finite, but a gradient is not",
-)
-"""What stopped a member, by the number that `Guard.cause` holds."""
-
 
 class Guard(NamedTuple):
     """What is known of each member's health; shape (member,)."""
@@ -39,7 +30,7 @@ class Guard(NamedTuple):
     bad_step: Tensor
     """The step, counted from 1, in which it was not."""
     cause: Tensor
-    """Place in `CAUSES`."""
+    """Place in `probsae.inference.guard.CAUSES`."""
 
 
 class Rates(NamedTuple):
