@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,18 @@ from torch import Tensor, nn
 import probsae as ps
 from probsae.inference import Callback, FitState
 
+# Products of the batch with a dictionary that each method cannot do without. Bare and ReLU: two
+# forward, and backward the gradients of W_enc, W_dec and the codes (the bare loop lets autograd
+# take one more, of the centred input, for b_dec). SpikeSlab: forward encoder and decoder, and the same
+# in each of two lateral steps; backward W_dec's and the codes', W_enc's three times, and the last
+# lateral step's, of its residual and its means.
+PRODUCTS = {
+    "bare": 5,
+    "ReLUSAE eager": 5,
+    "ReLUSAE compiled": 5,
+    "SpikeSlab compiled": 13,
+    "SpikeSlab normal slab compiled": 13,
+}
 BARS = {"ReLUSAE eager": 1.05, "ReLUSAE compiled": 0.8, "SpikeSlab compiled": 2.6}
 
 
@@ -76,6 +89,8 @@ class BareLoop(nn.Module):
             optimizer.step()
             with torch.no_grad():
                 self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+            if x.is_cuda:
+                torch.cuda.synchronize()
             stopwatch.times.append(now())
 
 
@@ -150,14 +165,16 @@ def main(
         "shapes": {"d_in": d_in, "d_sae": d_sae, "batch_size": batch_size},
         "ratio": {key: value / seconds["bare"] for key, value in seconds.items()},
         "products_a_step": {key: value / product for key, value in seconds.items()},
-        # A ReLU SAE needs five products: two forward, three backward.
-        "bare_share_of_ceiling": 5 * product / seconds["bare"],
+        "share_of_ceiling": {key: PRODUCTS[key] * product / v for key, v in seconds.items()},
         "torch": torch.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
     }
     for key, ratio in result["ratio"].items():
         bar = f", bar {BARS[key]}" if key in BARS else ""
-        print(f"{key:32s} {ratio:5.2f} x bare{bar}")
-    print(f"bare loop at {result['bare_share_of_ceiling']:.0%} of the matrix-product ceiling")
+        share = result["share_of_ceiling"][key]
+        print(f"{key:32s} {ratio:5.2f} x bare, {share:4.0%} of the matrix-product ceiling{bar}")
     path = Path(__file__).parent / "results" / f"fit_overhead-{name.replace(' ', '-')}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1))

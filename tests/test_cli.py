@@ -9,6 +9,7 @@ import torch
 from probsae import ReLUSAE, Report, SyntheticActivations
 from probsae.activations import ActivationStore, StoreWriter
 from probsae.cli import main
+from probsae.compare import ALL
 from probsae.models import save
 from tests.lm.tiny import tiny_language_model
 
@@ -46,6 +47,17 @@ def test_compare_writes_report_posterior_and_plots(tmp_path, capsys):
     assert SyntheticActivations(**data["synthetic"]).correlation == "copula"
     run("report", tmp_path / "run", "--n-tokens", 300)
     assert "7 dictionaries on" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_compare_takes_every_method(tmp_path):
+    run(
+        "compare", "--all", "--out", tmp_path / "run", "--n-steps", 3, "--d-sae", 24, "--d-in", 12,
+        "--n-features", 40, "--n-active", 2,
+    )  # fmt: skip
+    report = Report.from_json((tmp_path / "run" / "report.json").read_text())
+    assert [row.method for row in report.rows] == list(ALL)
+    assert all(0 < row.mmcs <= 1 for row in report.rows)
 
 
 def test_fit_then_evaluate(tmp_path, store, capsys):

@@ -66,8 +66,11 @@ def test_log_likelihood_by_hand(fitted, idata):
 def test_netcdf_round_trip(idata, tmp_path):
     idata.to_netcdf(tmp_path / "posterior.nc")
     again = az.from_netcdf(tmp_path / "posterior.nc")
-    np.testing.assert_array_equal(again.posterior.codes, idata.posterior.codes)
-    assert again.posterior.codes.dims == idata.posterior.codes.dims
+    assert set(again.groups()) == set(idata.groups())
+    for group in idata.groups():
+        for name, values in idata[group].data_vars.items():
+            np.testing.assert_array_equal(again[group][name], values)
+            assert again[group][name].dims == values.dims, (group, name)
 
 
 def test_arviz_reads_it(fitted, idata):

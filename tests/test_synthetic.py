@@ -1,5 +1,7 @@
 """What the generators promise."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -133,3 +135,12 @@ def test_magnitude_laws():
 def test_bad_arguments_name_themselves(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ps.SyntheticActivations(**options)
+
+
+def test_it_is_an_endless_iterator_of_the_same_batches():
+    source = ps.SyntheticActivations(d_in=8, n_features=10, n_active=2, seed=3)
+    first = list(itertools.islice(source, 3))
+    assert all(batch.shape[1] == 8 for batch in first)
+    assert not torch.equal(first[0], first[1])
+    for a, b in zip(first, itertools.islice(source, 3), strict=True):
+        assert torch.equal(a, b)

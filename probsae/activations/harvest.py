@@ -65,7 +65,8 @@ def harvest(
     n_tokens : int
         Tokens to store; fewer where the text ends before.
     context_length, batch_size : int
-        Tokens of a context, contexts of a forward pass. A context never crosses documents.
+        Tokens of a context, contexts of a forward pass. A context never crosses documents; it
+        begins with the model's `bos_token_id`, where that is not None.
     exclude_first : bool, default True
         Leave out the first position of each context. Many models park massive activations there
         (SmolLM2's residual stream after layer 11: hundreds of times the others'), which would
@@ -120,6 +121,7 @@ def harvest(
         "n_tokens": n_tokens,
         "context_length": context_length,
         "exclude_first": exclude_first,
+        "bos_token_id": model.bos_token_id,
     }
     folders = _folders(Path(out), hooks)
     # A kill may have come between two stores' last words: then the others go on.
@@ -223,10 +225,8 @@ class _Contexts:
         """Token ids (context, position) and documents (context,), without the first `skip`."""
         rows: list[tuple[int, Tensor]] = []
         for number, document in enumerate(self.documents):
-            ids = torch.tensor(self.model.tokenize([document])[0], dtype=torch.long)
-            for row in ids.split(self.length):
-                if len(row) == self.length:
-                    rows.append((number, row))
+            contexts = self.model.contexts(self.model.tokenize([document])[0], self.length)
+            rows.extend((number, row) for row in contexts)
             n_skipped = min(skip, len(rows))
             rows, skip = rows[n_skipped:], skip - n_skipped
             while len(rows) >= self.batch_size:

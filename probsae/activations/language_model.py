@@ -34,7 +34,8 @@ class LanguageModel:
         Hugging Face tokenizer, or any callable of a list of texts that returns
         `{"input_ids": [...]}`; may be None where only token ids are used.
     bos_token_id : int or None
-        Token that begins every context, where the model has one.
+        Token that begins every context, where the model was trained with one: that its tokenizer
+        puts in front of a text by itself. Far from it such models (Gemma, Llama) are lost.
     """
 
     name: str
@@ -53,6 +54,13 @@ class LanguageModel:
             raise ValueError(f"{self.name} has no tokenizer; pass one to LanguageModel")
         tokenizer: Any = self.tokenizer
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    def contexts(self, token_ids: Sequence[int], length: int) -> Int[Tensor, "context position"]:
+        """Cut a text's token ids into whole contexts, each begun by the token that begins texts."""
+        first = [] if self.bos_token_id is None else [self.bos_token_id]
+        n = length - len(first)
+        rows = torch.tensor(token_ids, dtype=torch.long)[: len(token_ids) // n * n].view(-1, n)
+        return torch.cat([torch.tensor([first]).long().expand(len(rows), -1), rows], dim=1)
 
     def decode(self, token_ids: Sequence[int]) -> list[str]:
         """Text of each token on its own."""
@@ -106,8 +114,12 @@ def load_language_model(
             source, dtype=dtype, **options
         )
     network.requires_grad_(False)
+    begins_texts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return LanguageModel(
-        str(name), network.to(device).eval(), tokenizer, bos_token_id=tokenizer.bos_token_id
+        str(name),
+        network.to(device).eval(),
+        tokenizer,
+        bos_token_id=tokenizer.bos_token_id if begins_texts else None,
     )
 
 

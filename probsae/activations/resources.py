@@ -6,9 +6,17 @@ import os
 import shutil
 from pathlib import Path
 
+# Of the control group that this process runs in: a container's limit is not the machine's.
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def available_memory() -> int | None:
     """Bytes of memory that can be taken now, or None where the system does not say."""
+    known = [free for free in (_free_of_machine(), _free_of_cgroup()) if free is not None]
+    return min(known, default=None)
+
+
+def _free_of_machine() -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -18,12 +26,23 @@ def available_memory() -> int | None:
         return None
 
 
-def check_memory(n_bytes: float, what: str) -> None:
-    """Raise MemoryError if `n_bytes` for `what` exceed the memory that is free."""
-    free = available_memory()
+def _free_of_cgroup() -> int | None:
+    """Return what the limit leaves; files that are only cached do not count as taken."""
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
+        used = int((_CGROUP / "memory.current").read_text())
+        entries = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return limit - used + int(dict(entries).get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None
+
+
+def check_memory(n_bytes: float, what: str, free: int | None = None) -> None:
+    """Raise MemoryError if `n_bytes` for `what` exceed `free` bytes, by default the machine's."""
+    free = available_memory() if free is None else free
     if free is not None and n_bytes > free:
         raise MemoryError(
-            f"{what} need about {_size(n_bytes)} of memory, and {_size(free)} are free; "
+            f"{what} would take about {_size(n_bytes)} of memory, and {_size(free)} are free; "
             "use a smaller model, batch or shard, a narrower dtype, or another machine"
         )
 

@@ -18,8 +18,22 @@ from probsae.inference.callbacks import Callback, FitState, load_checkpoint
 from probsae.inference.guard import FiniteGuard, NonFiniteElboError
 from probsae.inference.loop import Fits, progress_bar, run
 from probsae.inference.schedule import Schedule
-from probsae.inference.start import adam, check_counts, check_rate, choose_device, open_data
-from probsae.inference.step import LossFunction, Precision, Step, products_in, training_step
+from probsae.inference.start import (
+    adam,
+    check_counts,
+    check_fit_memory,
+    check_rate,
+    choose_device,
+    open_data,
+)
+from probsae.inference.step import (
+    LossFunction,
+    Precision,
+    Step,
+    piece_tokens,
+    products_in,
+    training_step,
+)
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import typical_code_size
 
@@ -124,6 +138,8 @@ def fit(
     ------
     ValueError, TypeError
         If an argument or the data are not usable; nothing is changed then.
+    MemoryError
+        If parameters, gradients and codes would not fit; nothing is changed then.
     NonFiniteElboError
         If the loss or a gradient stops being finite: names step and cause, and the model keeps
         the parameters of the last good step.
@@ -145,6 +161,7 @@ def fit(
     learning_rate = check_rate(
         model.default_learning_rate if learning_rate is None else learning_rate
     )
+    check_fit_memory(model, piece_tokens(model, batch_size), device)
     first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in)
     model.to(device)
     model.initialize_(first)

@@ -81,7 +81,8 @@ def polish(
     Returns
     -------
     DictionaryPosterior
-        Of directions, rates and noise, given this pass's codes.
+        Of directions, rates and noise, given the last pass's codes. Its mean is the model's
+        dictionary, also where the held-out ELBO let a pass be taken part of the way only.
 
     Raises
     ------
@@ -115,6 +116,8 @@ def polish(
             "prior_weight must be positive and forgetting_rate at least 0 and below 1, "
             f"got {prior_weight} and {forgetting_rate}"
         )
+    if n_passes > 1 and isinstance(data, Iterator):
+        raise ValueError("an iterator can be passed over once; give polish a tensor or a store")
     size = size_of(data)
     if size is not None:  # no more than a tenth is held out, and no token of it used
         batch_size = min(batch_size, max(1, size // 10))

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from probsae.activations.resources import check_memory
 from probsae.activations.source import ActivationData, batches, check_activations
 from probsae.models.base import SparseDictionary
 
 # Tokens that set location and scales before the first step: the deviation of a mean over them
 # is 1.5% of the data's, well inside what the first hundred steps move.
 _N_INITIAL_TOKENS = 4096
+# Arrays of a code each that a step keeps for its gradient, at least.
+_CODES_AT_ONCE = 4
 
 
 def check_counts(n_steps: int, batch_size: int) -> None:
@@ -28,6 +31,17 @@ def check_rate(learning_rate: float) -> float:
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     return learning_rate
+
+
+def check_fit_memory(model: SparseDictionary, n_tokens: int, device: torch.device) -> None:
+    """Raise MemoryError if gradients, Adam's moments and `n_tokens` at a time would not fit."""
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_bytes = 4 * (3 * n_parameters + _CODES_AT_ONCE * n_tokens * model.d_sae)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    what = (
+        f"a fit of {model.d_sae} features in {model.d_in} dimensions, {n_tokens} tokens at a time,"
+    )
+    check_memory(n_bytes, what, free)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -1,5 +1,6 @@
 """Harvests from a hand-made model (what is stored) and SmolLM2 (that real ones work)."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -120,6 +121,16 @@ def test_streamed_datasets_have_neither_length_nor_columns(tmp_path):
     nothing = rows.rename_column("text", "t").to_iterable_dataset()
     with pytest.raises(ValueError, match="column 'text'"):
         harvest(model, nothing.map(lambda row: row), "layers.0", tmp_path / "o")
+
+
+def test_contexts_begin_as_the_model_was_trained(tmp_path, text):
+    options = {"context_length": 4, "n_tokens": 60, "dtype": "float32", "exclude_first": False}
+    model = dataclasses.replace(tiny_language_model(), bos_token_id=7)
+    (store,) = harvest(model, text[0], "layers.0", tmp_path / "out", **options)
+    tokens = store.labels().view(-1, 4)
+    assert tokens[:, 0].tolist() == [7] * 15
+    words = [int(word) for word in text[0].read_text().split()[:45]]
+    assert tokens[:, 1:].flatten().tolist() == words
 
 
 @pytest.mark.parametrize("n_checksums", [3, 60])

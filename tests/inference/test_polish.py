@@ -193,3 +193,11 @@ def test_what_cannot_be_polished_says_so():
     assert torch.equal(before, vae.W_dec)
     with pytest.raises(ValueError, match="held out"):
         ps.polish(ps.SpikeSlabDictionary(4, 8), iter([x]))
+
+
+def test_an_iterator_is_passed_over_once():
+    model = ps.SpikeSlabDictionary(4, 6)
+    before = model.W_dec.detach().clone()
+    with pytest.raises(ValueError, match="passed over once"):
+        ps.polish(model, iter([torch.randn(50, 4)] * 4), n_passes=2)
+    assert torch.equal(model.W_dec, before)

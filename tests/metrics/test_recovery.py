@@ -107,14 +107,17 @@ def test_width_mismatch_is_named():
 
 
 @pytest.mark.slow
-def test_matching_4096_with_16384_is_fast_enough():
+@pytest.mark.parametrize("noise", [0.5, 100.0])
+def test_matching_4096_with_16384_is_fast_enough(noise):
+    """Recovered features, and random ones: the case in which no pair stands out."""
     import time
 
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(4096, 768, generator=generator)
-    learned = torch.cat([true + 0.5 * torch.randn(4096, 768, generator=generator)] * 4)
+    learned = true.repeat(4, 1) + noise * torch.randn(4 * 4096, 768, generator=generator)
     start = time.perf_counter()
     value = mcc(learned, true)
-    # 5 s on two cores when measured; a cubic method without sparsity takes minutes.
-    assert time.perf_counter() - start < 60
-    assert value > 0.8
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.1f} s")
+    assert seconds < 40
+    assert value > (0.8 if noise < 1 else 0.1)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import probsae as ps
+from probsae.activations import resources
 from probsae.inference import objective
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -141,8 +142,36 @@ def test_matryoshka_adds_the_error_of_every_prefix():
 
 
 def test_too_little_memory_is_said_before_it_is_taken():
-    with pytest.raises(MemoryError, match=r"1000000000 features in 4096 dimensions need about"):
+    with pytest.raises(MemoryError, match=r"1000000000 features in 4096 dimensions would take"):
         ps.TopKSAE(4096, 10**9)
+
+
+def test_a_fit_that_would_not_fit_is_refused_and_changes_nothing(monkeypatch):
+    model = ps.ReLUSAE(64, 512)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    # Gradients and Adam's two moments, float32, and four arrays of codes for a batch of 100.
+    n_bytes = 4 * (3 * sum(p.numel() for p in model.parameters()) + 4 * 100 * 512)
+    monkeypatch.setattr(resources, "available_memory", lambda: n_bytes - 1)
+    with pytest.raises(MemoryError, match="a fit of 512 features in 64 dimensions"):
+        ps.fit(model, torch.randn(200, 64), n_steps=1, batch_size=100)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(resources, "available_memory", lambda: n_bytes)
+    ps.fit(model, torch.randn(200, 64), n_steps=1, batch_size=100)
+
+
+def test_a_container_s_limit_counts(monkeypatch, tmp_path):
+    free = resources.available_memory()
+    assert free is None or free > 10_000
+    for name, text in (
+        ("memory.max", "20000"),
+        ("memory.current", "15000"),
+        ("memory.stat", "anon 9000\ninactive_file 4000"),
+    ):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(resources, "_CGROUP", tmp_path)
+    assert resources.available_memory() == 9_000
+    (tmp_path / "memory.max").write_text("max")
+    assert resources.available_memory() == pytest.approx(free, rel=0.5)
 
 
 @pytest.mark.parametrize(
