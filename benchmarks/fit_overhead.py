@@ -27,9 +27,9 @@ from probsae.inference import Callback, FitState
 
 # Products of the batch with a dictionary that each method cannot do without. Bare and ReLU: two
 # forward, and backward the gradients of W_enc, W_dec and the codes (the bare loop lets autograd
-# take one more, of the centred input, for b_dec). SpikeSlab: forward encoder and decoder, and the same
-# in each of two lateral steps; backward W_dec's and the codes', W_enc's three times, and the last
-# lateral step's, of its residual and its means.
+# take one more, of the centred input, for b_dec). SpikeSlab: forward encoder and
+# decoder, and the same in each of two lateral steps; backward W_dec's and the codes', W_enc's three
+# times, and the last lateral step's, of its residual and its means.
 PRODUCTS = {
     "bare": 5,
     "ReLUSAE eager": 5,

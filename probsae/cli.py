@@ -264,6 +264,7 @@ def report(
     store: Path | None = None,
     tokenizer: str | None = None,
     n_tokens: int = 16_384,
+    effects: str | None = None,
     out: Path | None = None,
 ) -> None:
     """Write a page to browse a run's features in: one file, no server, no network.
@@ -274,9 +275,13 @@ def report(
         tokenizer: Model whose tokenizer reads the store's tokens; "none" shows their ids. By
             default the model that was harvested.
         n_tokens: Tokens to look at, at most.
+        effects: Language model to read each feature's effect on the next token from; "none" shows
+            none. By default the model that was harvested, where it is a file or folder here.
         out: The page; by default report.html in the run folder.
     """
-    page = report_run(run, store=store, tokenizer=tokenizer, n_tokens=n_tokens, out=out)
+    page = report_run(
+        run, store=store, tokenizer=tokenizer, n_tokens=n_tokens, logit_effects=effects, out=out
+    )
     print(f"written: {page}")
 
 

@@ -38,10 +38,7 @@ def check_fit_memory(model: SparseDictionary, n_tokens: int, device: torch.devic
     n_parameters = sum(p.numel() for p in model.parameters())
     n_bytes = 4 * (3 * n_parameters + _CODES_AT_ONCE * n_tokens * model.d_sae)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    what = (
-        f"a fit of {model.d_sae} features in {model.d_in} dimensions, {n_tokens} tokens at a time,"
-    )
-    check_memory(n_bytes, what, free)
+    check_memory(n_bytes, f"a fit of {model.d_sae} features in {model.d_in} dimensions", free)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

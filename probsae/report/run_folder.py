@@ -18,6 +18,7 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.metrics.calibration import Reliability
 from probsae.models.base import SparseDictionary
 from probsae.models.files import load
+from probsae.report.effects import NO_EFFECTS, effects_of
 from probsae.report.features import DirectionUncertainty, FeatureData, LogitEffects, gather_features
 from probsae.report.html import Page, load_template, write_browser
 from probsae.report.token_text import Decode, TokenText, token_text
@@ -57,7 +58,7 @@ def report_run(
     n_tokens: int = 16_384,
     level: float = 0.9,
     posterior: DirectionUncertainty | None = None,
-    logit_effects: LogitEffects | None = None,
+    logit_effects: LogitEffects | str | None = None,
     out: str | Path | None = None,
 ) -> Path:
     """Write the feature browser of a run folder.
@@ -77,8 +78,11 @@ def report_run(
         Tokens to look at, from the beginning of the held-out text.
     level : float, default 0.9
         Of the rates' intervals.
-    posterior, logit_effects
-        See `gather_features`; by default the posterior that `probsae polish` left in the folder.
+    posterior : DirectionUncertainty, optional
+        See `gather_features`; by default what `probsae polish` left in the folder.
+    logit_effects : str or LogitEffects, optional
+        Language model to read each feature's effects on the next token from, by default the
+        store's own where it is here; "none" shows none. Or the effects, see `gather_features`.
     out : str or Path, optional
         The page, by default report.html in the run folder.
 
@@ -130,11 +134,11 @@ def gather_run(
     n_tokens: int = 16_384,
     level: float = 0.9,
     posterior: DirectionUncertainty | None = None,
-    logit_effects: LogitEffects | None = None,
+    logit_effects: LogitEffects | str | None = NO_EFFECTS,
 ) -> tuple[FeatureData, dict[str, str]]:
     """Gather the features of a run folder, and the facts of what they were looked at on.
 
-    Parameters and errors are those of `report_run`.
+    Parameters and errors are those of `report_run`, but effects are left out unless asked for.
     """
     run = Path(run)
     if n_tokens < 1:
@@ -149,6 +153,8 @@ def gather_run(
         "size": f"{model.d_sae:,} features in {model.d_in:,} dimensions",
     }
     x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts)
+    if logit_effects is None or isinstance(logit_effects, str):
+        logit_effects = _logit_effects(run, store, model, logit_effects)
     features = gather_features(
         model,
         x,
@@ -182,6 +188,15 @@ def activations_of(run: str | Path, store: str | Path | None = None) -> tuple[An
     if store is None and "store" not in data:
         raise FileNotFoundError(f"{run} does not say what it was fitted to; pass --store")
     return ActivationStore(store or data["store"]).split(data.get("held_out", 0.1))
+
+
+def _logit_effects(
+    run: Path, store: str | Path | None, model: SparseDictionary, name: str | None
+) -> LogitEffects | None:
+    source, _ = activations_of(run, store)
+    if not isinstance(source, ActivationStore):
+        return None
+    return effects_of(source, model.dictionary(), name)
 
 
 def _tokens_to_show(

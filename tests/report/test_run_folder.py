@@ -1,5 +1,6 @@
 """`probsae report` on what the other commands leave behind."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,10 +12,12 @@ from safetensors.torch import save_file
 import probsae as ps
 from probsae.activations import ActivationStore, StoreWriter
 from probsae.cli import main
+from probsae.lm import logit_effects
 from probsae.metrics.calibration import reliability
 from probsae.models.files import load
 from probsae.report import report_run
 from probsae.report.run_folder import describe_reliability, describe_synthetic
+from tests.lm.tiny import tiny_llama
 
 FIT = ["--d-sae", 12, "--n-steps", 4, "--batch-size", 64]
 
@@ -122,6 +125,41 @@ def test_report_reads_smollm2s_tokens(tmp_path, smollm2, corpus):
     assert text["starts"] == [0]
     assert book.endswith("".join(text["strings"][i] for i in text["index"]))
     assert len(text["index"]) == len(ids) - round(0.9 * len(ids))
+
+
+def test_logit_effects_are_those_of_the_harvested_model(tmp_path, monkeypatch):
+    from probsae.activations import language_model as module
+
+    network = tiny_llama()
+    tokenizer = type("Words", (), {"decode": lambda self, ids: f"<{ids[0]}>"})()
+    network = dataclasses.replace(network, tokenizer=tokenizer)
+    asked = []
+    monkeypatch.setattr(module, "load_language_model", lambda name: asked.append(name) or network)
+    (tmp_path / "model.gguf").touch()
+    for hook, name in (("model.layers.1", "here"), ("model.layers.1.mlp.act_fn", "hidden")):
+        width = 16 if name == "here" else 24
+        writer = StoreWriter(tmp_path / name, width, model=str(tmp_path / "model.gguf"), hook=hook)
+        writer.append(torch.randn(40, width), tokens=torch.arange(40) % 5)
+        writer.finish()
+        ps.save(ps.ReLUSAE(d_in=width, d_sae=9), tmp_path / f"{name}.run" / "model")
+    run_folder, options = tmp_path / "here.run", {"store": tmp_path / "here", "tokenizer": "none"}
+    shown = data_of(report_run(run_folder, **options))["features"]["effects"]
+    assert asked == [str(tmp_path / "model.gguf")]
+    effects = logit_effects(network, load(run_folder / "model").dictionary())
+    assert len(shown) == 9
+    for row, expected in zip(shown, effects, strict=True):
+        raised, lowered = expected.topk(6), expected.topk(6, largest=False)
+        values = torch.cat([raised.values, lowered.values])
+        torch.testing.assert_close(torch.tensor(row[1::2]), values, rtol=6e-3, atol=1e-4)
+        ids = [*raised.indices.tolist(), *lowered.indices.tolist()]
+        assert row[::2] == [f"<{i}>" for i in ids]
+    page = report_run(run_folder, **options, logit_effects="none")
+    assert data_of(page)["features"]["effects"] is None
+    hidden = {"store": tmp_path / "hidden", "tokenizer": "none"}
+    page = report_run(tmp_path / "hidden.run", **hidden)
+    assert data_of(page)["features"]["effects"] is None
+    with pytest.raises(ValueError, match="residual stream"):
+        report_run(tmp_path / "hidden.run", **hidden, logit_effects="model")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""Each feature's logit effects, as far as the language model behind a store is at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from probsae.activations.store import ActivationStore
+from probsae.report.features import LogitEffects
+
+# Instead of a model's name: show no effects.
+NO_EFFECTS = "none"
+# Tokens raised and lowered that a page shows of a feature.
+_N_TOKENS = 6
+# Effects on the whole vocabulary that are held at once: 100 MB.
+_MAX_EFFECTS = 2**25
+
+
+def effects_of(
+    store: ActivationStore, directions: Tensor, name: str | None = None
+) -> LogitEffects | None:
+    """Return the tokens whose logits each feature raises and lowers most.
+
+    Parameters
+    ----------
+    store : ActivationStore
+        What the dictionary was fitted to: it names the model and the hook.
+    directions : Tensor, shape (feature, d_in)
+        The dictionary.
+    name : str, optional
+        Language model to read them from; "none" for no effects. By default the store's own, where
+        it is a file or folder here and the hook lies on the residual stream.
+
+    Raises
+    ------
+    ValueError
+        If a model was named and the hook's directions do not reach the residual stream linearly.
+    """
+    is_asked = name is not None
+    name = store.index["model"] if name is None else name
+    if name in ("", NO_EFFECTS) or not (is_asked or Path(name).exists()):
+        return None
+    from probsae.activations.language_model import load_language_model
+    from probsae.lm.effects import logit_effects, top_tokens
+
+    model = load_language_model(name)
+    found: list[list[tuple[str, float]]] = []
+    n_vocabulary = model.logits(directions.new_zeros(1, 1).long()).shape[-1]
+    for rows in directions.split(max(1, _MAX_EFFECTS // n_vocabulary)):
+        try:
+            effects = logit_effects(model, rows, hook=store.index["hook"])
+        except ValueError:
+            if is_asked:
+                raise
+            return None
+        for raised, lowered in zip(
+            top_tokens(model, effects, _N_TOKENS),
+            top_tokens(model, effects, _N_TOKENS, largest=False),
+            strict=True,
+        ):
+            found.append([*raised, *lowered])
+    return found
