@@ -27,7 +27,7 @@ import tyro
 from torch import Tensor
 
 import probsae as ps
-from benchmarks.fit_overhead import BareLoop, Stopwatch, product_seconds
+from benchmarks.fit_overhead import BareLoop, Stopwatch, commit, product_seconds
 
 BAR = 1.5
 Run = Callable[[], float]
@@ -104,26 +104,29 @@ def throughput(
     }
 
 
-def growth(x: Tensor, n_rounds: int, n_steps: int) -> dict[str, Any]:
-    """Fit how a compiled step's time grows with each of three sizes."""
-    base = {"d_sae": 512, "n_members": 4, "batch_size": 512}
+def growth(device: torch.device, n_rounds: int, n_steps: int) -> dict[str, Any]:
+    """Fit how a compiled step's time grows with each of four sizes."""
+    base = {"d_in": 256, "d_sae": 512, "n_members": 4, "batch_size": 512}
     sizes = {
+        "d_in": (128, 256, 512, 1024),
         "d_sae": (256, 512, 1024, 2048),
         "n_members": (1, 2, 4, 8),
         "batch_size": (256, 512, 1024, 2048),
     }
     result = {}
     for name, values in sizes.items():
-        runs = {
-            str(value): ensemble(x, n_steps=n_steps, compile=True, **(base | {name: value}))
-            for value in values
-        }
+        runs = {str(value): _sized(device, n_steps, **(base | {name: value})) for value in values}
         seconds = in_turns(runs, n_rounds)
         times = np.array(list(seconds.values()))
         slope = float(np.polyfit(np.log(values), np.log(times), 1)[0])
         relative = {size: value / float(times[0]) for size, value in seconds.items()}
         result[name] = {"time over the smallest": relative, "exponent": slope, "others": base}
     return result
+
+
+def _sized(device: torch.device, n_steps: int, *, d_in: int, **sizes: int) -> Run:
+    x, _ = ps.SyntheticActivations(d_in=d_in, device=device).sample(16_384)
+    return ensemble(x, n_steps=n_steps, compile=True, **sizes)
 
 
 def main(
@@ -146,6 +149,7 @@ def main(
         "threads": threads,
         "d_in": d_in,
         "torch": torch.__version__,
+        "commit": commit(),
         "throughput": [],
     }
     for batch_size in batch_sizes:
@@ -155,7 +159,7 @@ def main(
         print(f"batch {batch_size}: {gains}", flush=True)
         write(result)
     if with_growth:
-        result["growth"] = growth(x, n_rounds, n_steps)
+        result["growth"] = growth(device, n_rounds, n_steps)
         for size, row in result["growth"].items():
             times = ", ".join(f"{k}: {v:.2f}" for k, v in row["time over the smallest"].items())
             print(f"{size}: exponent {row['exponent']:.2f} ({times})", flush=True)

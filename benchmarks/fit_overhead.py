@@ -40,6 +40,12 @@ PRODUCTS = {
 BARS = {"ReLUSAE eager": 1.05, "ReLUSAE compiled": 0.8, "SpikeSlab compiled": 2.6}
 
 
+def commit() -> str:
+    """Return the short hash of what is measured."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 def now() -> float:
     """Seconds; on one CPU thread those that it ran, for other processes have their turns too."""
     is_alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
@@ -167,9 +173,7 @@ def main(
         "products_a_step": {key: value / product for key, value in seconds.items()},
         "share_of_ceiling": {key: PRODUCTS[key] * product / v for key, v in seconds.items()},
         "torch": torch.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit(),
     }
     for key, ratio in result["ratio"].items():
         bar = f", bar {BARS[key]}" if key in BARS else ""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 
+from probsae import arviz_face
 from probsae.arviz_face import loo_pit, psis, rhat
+
+arviz = arviz_face.import_arviz()
 
 
 @pytest.mark.parametrize("k", [0.3, 0.5, 0.9, 1.2])
@@ -77,3 +83,51 @@ def test_bad_input_is_named():
         psis(np.full((1, 50), -np.inf))
     with pytest.raises(ValueError, match="2 chains of 4 draws"):
         rhat(np.zeros((1, 10, 2)))
+
+
+class FakeArrayStats:
+    """arviz_stats.base.array_stats of 1.x, as its source has it, on arviz 0.23's own numbers."""
+
+    def psislw(self, ary, r_eff=1.0, axis=-1):
+        # 1.x takes log-likelihoods, and a tail of floor(3 sqrt(n / r_eff)) draws.
+        n = ary.shape[-1]
+        n_tail = int(np.floor(min(n / 5, 3 * np.sqrt(n / r_eff))))
+        return arviz.psislw(-ary, reff=n * (3 / (n_tail - 1e-6)) ** 2)
+
+    def loo_pit(self, ary, y_obs, log_weights, chain_axis=-2, draw_axis=-1):
+        assert chain_axis is None
+        return arviz.loo_pit(y=y_obs, y_hat=ary, log_weights=log_weights)
+
+
+@pytest.fixture
+def arviz_1(monkeypatch):
+    """An arviz that calls itself 1.x and takes only what 1.x takes."""
+
+    def fake_rhat(data, chain_axis, draw_axis):
+        assert (chain_axis, draw_axis) == (0, 1)
+        return np.array([float(arviz.rhat(case)) for case in np.moveaxis(data, -1, 0)])
+
+    fake = types.ModuleType("arviz")
+    fake.__version__, fake.rhat = "1.0.0", fake_rhat
+    base = types.ModuleType("arviz_stats.base")
+    base.array_stats = FakeArrayStats()
+    package = types.ModuleType("arviz_stats")
+    package.base = base
+    monkeypatch.setattr(arviz_face, "import_arviz", lambda: fake)
+    monkeypatch.setitem(sys.modules, "arviz_stats", package)
+    monkeypatch.setitem(sys.modules, "arviz_stats.base", base)
+
+
+def test_version_1_gives_the_same_numbers(arviz_1, monkeypatch):
+    rng = np.random.default_rng(5)
+    ratios = 0.8 * rng.exponential(size=(4, 1_000))
+    ratios[3, 40:] = 0.0  # fewer exceedances than the usual tail has
+    draws = rng.normal(size=(3, 100, 2))
+    y, y_hat = rng.normal(size=4), rng.normal(size=(4, 1_000))
+    under_1 = psis(ratios), rhat(draws), loo_pit(y, y_hat, psis(ratios).log_weights)
+    monkeypatch.setattr(arviz_face, "import_arviz", lambda: arviz)
+    before = psis(ratios), rhat(draws), loo_pit(y, y_hat, psis(ratios).log_weights)
+    np.testing.assert_allclose(under_1[0].k_hat, before[0].k_hat)
+    np.testing.assert_allclose(under_1[0].log_weights, before[0].log_weights)
+    np.testing.assert_allclose(under_1[1], before[1])
+    np.testing.assert_allclose(under_1[2], before[2])

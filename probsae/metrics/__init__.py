@@ -31,6 +31,7 @@ from probsae.metrics.directions import (
 )
 from probsae.metrics.importance import (
     ImportanceDiagnostics,
+    KHatWarning,
     importance_diagnostics,
     log_importance_ratios,
 )
@@ -72,6 +73,7 @@ from probsae.metrics.splitting import (
 from probsae.metrics.stability import (
     Alignment,
     DirectionRhat,
+    DisagreementWarning,
     MmcsTable,
     Reappearance,
     align,
@@ -91,10 +93,12 @@ __all__ = [
     "CrossCorrelation",
     "DirectionCalibration",
     "DirectionRhat",
+    "DisagreementWarning",
     "DoubtScore",
     "Families",
     "FamilyPosterior",
     "ImportanceDiagnostics",
+    "KHatWarning",
     "LooPit",
     "MagnitudeStrata",
     "Match",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import pyro.distributions as dist
@@ -16,6 +17,8 @@ from probsae.models.base import CodePosterior, SparseDictionary, as_event
 
 K_HAT_LIMIT = 0.7
 """Pareto k above which importance weights cannot be trusted (Vehtari et al., 2024)."""
+MOST_ABOVE_LIMIT = 0.05
+"""Share of tokens with a larger k-hat from which a warning is given."""
 # Numbers that the codes of a chunk of draws may hold: 64 MiB in float32.
 _MAX_NUMBERS = 2**24
 
@@ -74,6 +77,10 @@ def log_importance_ratios(
     return torch.cat(parts)
 
 
+class KHatWarning(UserWarning):
+    """For many tokens the posterior misses much of the true one."""
+
+
 class ImportanceDiagnostics(NamedTuple):
     """Importance sampling's verdict on a posterior; each of shape (token,)."""
 
@@ -116,6 +123,11 @@ def importance_diagnostics(
     model, x, posterior, n_draws, seed
         See `log_importance_ratios`. k-hat needs 25 draws; its own spread falls slowly with them.
 
+    Warns
+    -----
+    KHatWarning
+        If k-hat is above .7 for more than 5% of the tokens.
+
     Notes
     -----
     Source: Yao, Vehtari, Simpson and Gelman (2018), "Yes, but did it work? Evaluating variational
@@ -136,7 +148,7 @@ def importance_diagnostics(
     mean = weights.mean(0)
     root = math.sqrt(n_draws)
     k_hat = torch.from_numpy(psis(ratios.T.cpu().numpy()).k_hat).to(ratios.device)
-    return ImportanceDiagnostics(
+    found = ImportanceDiagnostics(
         k_hat=k_hat,
         elbo=ratios.mean(0),
         elbo_error=ratios.std(0) / root,
@@ -144,3 +156,12 @@ def importance_diagnostics(
         iwae_error=weights.std(0) / (mean * root),
         n_draws=n_draws,
     )
+    if found.share_above_limit > MOST_ABOVE_LIMIT:
+        warnings.warn(
+            f"k-hat is above {K_HAT_LIMIT} for {found.share_above_limit:.0%} of the tokens: there "
+            "the posterior misses much of the model's own, and its probabilities and intervals are "
+            "too sure; refine it (`encode(x, refine=True)`), or look at those tokens apart",
+            KHatWarning,
+            stacklevel=2,
+        )
+    return found

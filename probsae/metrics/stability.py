@@ -7,12 +7,13 @@ its own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import betainc
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -153,6 +154,16 @@ def mmcs_table(dictionaries: Sequence[ArrayLike], seed: int = 0) -> MmcsTable:
     return MmcsTable(table(dictionaries, dictionaries), table(random, again))
 
 
+class DisagreementWarning(UserWarning):
+    """Independent fits differ about features by more than their posteriors allow."""
+
+
+# R-hat of a feature that counts as disagreement: the limit of 1.01 is for thousands of draws.
+_RHAT_LIMIT = 1.1
+# Share of features from which a warning is given.
+_MOST_DISAGREEING = 0.05
+
+
 class DirectionRhat(NamedTuple):
     """Agreement of independent fits about each feature of the first; 1 is agreement."""
 
@@ -163,7 +174,10 @@ class DirectionRhat(NamedTuple):
 
 
 @torch.no_grad()
-def direction_rhat(draws: Sequence[Float[Tensor, "draw d_sae d_in"]]) -> DirectionRhat:
+def direction_rhat(
+    draws: Sequence[Float[Tensor, "draw d_sae d_in"]],
+    is_real: Bool[Tensor, " d_sae"] | None = None,
+) -> DirectionRhat:
     """Compare draws of dictionaries from several fits' posteriors, the seeds as chains.
 
     One fit's posterior covers the noise of its data, not other optima. Fits that stopped at
@@ -174,6 +188,14 @@ def direction_rhat(draws: Sequence[Float[Tensor, "draw d_sae d_in"]]) -> Directi
     draws : sequence of Tensors, shape (draw, d_sae, d_in)
         One for each fit, at least 2 of at least 4 draws, all of one shape. Fits of the same data
         from initial dictionaries of their own; aligned here by their means.
+    is_real : Tensor of bool, shape (d_sae,), optional
+        Features of the first fit that the warning is about, say `posterior.p_real > .5`: surplus
+        ones point anywhere, and differ in every fit. All of them where None.
+
+    Warns
+    -----
+    DisagreementWarning
+        If R-hat of the cosine is above 1.1 for more than 5% of those features.
 
     Raises
     ------
@@ -195,7 +217,22 @@ def direction_rhat(draws: Sequence[Float[Tensor, "draw d_sae d_in"]]) -> Directi
     reference = normalize(means[0].double(), dim=-1)
     cosine = torch.stack([(normalize(fit, dim=-1) * reference).sum(-1) for fit in aligned])
     norm = torch.stack([fit.norm(dim=-1) for fit in aligned])
-    return DirectionRhat(*(torch.from_numpy(rhat(v.cpu().numpy())) for v in (cosine, norm)))
+    found = DirectionRhat(*(torch.from_numpy(rhat(v.cpu().numpy())) for v in (cosine, norm)))
+    _warn_of_disagreement(found.cosine if is_real is None else found.cosine[is_real.cpu()])
+    return found
+
+
+def _warn_of_disagreement(r_hat: Float[Tensor, " feature"]) -> None:
+    share = float((r_hat > _RHAT_LIMIT).double().mean()) if len(r_hat) else 0.0
+    if share > _MOST_DISAGREEING:
+        warnings.warn(
+            f"the fits disagree about {share:.0%} of {len(r_hat)} features (R-hat of the direction "
+            f"above {_RHAT_LIMIT}): they ended at different optima, and no single fit's posterior "
+            "says so; trust the features that come back (`metrics.reappearance`), fit for longer, "
+            "or ask for fewer",
+            DisagreementWarning,
+            stacklevel=3,
+        )
 
 
 def instability_auroc(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pyro.distributions as dist
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import probsae as ps
 from probsae.inference import elbo_terms, enumerate_supports
-from probsae.metrics import importance_diagnostics, log_importance_ratios
+from probsae.metrics import KHatWarning, importance_diagnostics, log_importance_ratios
 from probsae.models.base import CodePosterior
 from tests.metrics.conjugate import D_SAE, GaussianDictionary
 from tests.metrics.test_coverage import spike_slab_problem
@@ -18,6 +19,9 @@ from tests.metrics.test_simulation import overlapping_model
 
 # Standard errors that a mean of draws exceeds with probability 1e-5.
 K_STANDARD_ERRORS = 4.5
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::probsae.metrics.KHatWarning")
 
 
 def gaussian_problem(width: float, shift: float = 0.0, n_tokens: int = 40):
@@ -31,7 +35,9 @@ def test_an_exact_posterior_has_one_ratio_the_evidence():
     model, x, log_evidence = gaussian_problem(1.0)
     ratios = log_importance_ratios(model, x, n_draws=30)
     torch.testing.assert_close(ratios, log_evidence.expand(30, -1).detach())
-    found = importance_diagnostics(model, x, n_draws=200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = importance_diagnostics(model, x, n_draws=200)
     torch.testing.assert_close(found.iwae, log_evidence)
     torch.testing.assert_close(found.elbo, log_evidence)
     assert (found.k_hat < 0.7).all()
@@ -121,7 +127,8 @@ def test_refinement_lowers_k_hat():
         model.log_step_noise.fill_(-2.0)  # an encoder that is too sure of its evidence
     torch.manual_seed(0)
     x, _ = model.sample(100)
-    encoder = importance_diagnostics(model, x)
+    with pytest.warns(KHatWarning, match=r"k-hat is above 0\.7 for \d+% of the tokens"):
+        encoder = importance_diagnostics(model, x)
     refined = importance_diagnostics(model, x, ps.refine(model, x, n_sweeps=8))
     assert refined.share_above_limit < encoder.share_above_limit
     assert float((refined.elbo - encoder.elbo).mean()) > 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from probsae.metrics import (
+    DisagreementWarning,
     align,
     auroc,
     chance_reappearance,
@@ -130,9 +132,21 @@ def test_rhat_sees_which_features_fits_disagree_about():
     ]
     fits[2][:, 4] *= 1.5  # another norm, one direction
     fits[2] = fits[2][:, order]
-    result = direction_rhat(fits)
+    with pytest.warns(DisagreementWarning, match="17% of 6 features"):
+        result = direction_rhat(fits)
     assert (result.cosine > 1.1).tolist() == [False, False, True, False, False, False]
     assert (result.norm > 1.1).tolist() == [False, False, False, False, True, False]
+
+
+def test_surplus_features_may_point_anywhere():
+    mean = random_rows(6, 16, 0)
+    other = torch.cat([mean[:4], random_rows(2, 16, 5)])
+    fits = [posterior_draws(mean, 0.02, 1), posterior_draws(other, 0.02, 2)]
+    with pytest.warns(DisagreementWarning):
+        direction_rhat(fits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        direction_rhat(fits, is_real=torch.arange(6) < 4)
 
 
 def test_rhat_of_unit_rows_has_no_norm():
