@@ -2,7 +2,7 @@
 
     python -m benchmarks.language_model   # prints, and writes results/language_model-<device>.json
 
-SmolLM2-135M. `harvest` (tokenising, hooks, two stores on disk with their checksums) is compared with
+SmolLM2-135M. `harvest` (tokenising, hooks, two stores with their checksums) is compared with
 a bare forward of the blocks it needs, `splice` with as many bare forwards to the loss as it makes.
 All run in turns in one process with the same threads; a figure is the median over rounds.
 """

@@ -15,6 +15,7 @@ from probsae.distributions.spike_slab import SpikeSlab, kl_spike_slab
 from probsae.distributions.truncated_normal import (
     LOWEST_RATIO,
     TruncatedNormal,
+    log_ndtr,
     mills_ratio,
 )
 
@@ -114,6 +115,16 @@ class TiltedSpikeSlab(SpikeSlab):
         if torch.Size(batch_shape) == self.batch_shape:
             return self
         return super().expand(batch_shape)
+
+
+def tilted_logits(prior: SpikeSlab, evidence: Tensor, precision: Tensor) -> Tensor:
+    """Log-odds of being active under `TiltedSpikeSlab`, without its moments; same arguments."""
+    rows = _Rows(prior, precision)
+    ratio = rows.gain * evidence + rows.shift
+    if not isinstance(prior.slab, TruncatedNormal):
+        return rows.log_odds + 0.5 * ratio.square()
+    ratio = ratio.clamp(min=LOWEST_RATIO)
+    return rows.log_odds + log_ndtr(ratio) + 0.5 * ratio.square()
 
 
 def rough_tilted_mean(prior: SpikeSlab, evidence: Tensor, precision: Tensor) -> Tensor:

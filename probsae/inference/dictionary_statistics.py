@@ -45,14 +45,18 @@ class DictionaryStatistics:
         code_mean: Float[Tensor, "token d_sae"],
         code_spread: Float[Tensor, " d_sae"],
         x_centered: Float[Tensor, "token d_in"],
-    ) -> None:
-        """Take in some tokens: E z of each, Var z summed over them, and x - b."""
+    ) -> Tensor:
+        """Take in some tokens: E z of each, Var z summed over them, and x - b.
+
+        Returns their squared error under D, |x - b - E z D|^2 summed.
+        """
         residual = x_centered - code_mean @ self.directions.to(code_mean.dtype)
         self.gradient += (code_mean.T @ residual).double()
         self.gradient -= code_spread[:, None] * self.directions
         codes = self._by_block(code_mean.T)
         self.second_moment += (codes @ codes.mT).double()
         self.second_moment.diagonal(dim1=1, dim2=2).add_(self._by_block(code_spread))
+        return residual.square().sum().double()
 
     def fade(self, factor: float) -> None:
         """Weigh all tokens seen so far by `factor`."""

@@ -12,11 +12,14 @@ from torch.distributions import Distribution, kl_divergence
 
 from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab, TiltedSpikeSlab
+from probsae.distributions.tilted import tilted_logits
 from probsae.inference.elbo import require_linear_decoder
 from probsae.models.base import CodePosterior, SparseDictionary
 
 # Numbers that one array of a chunk of tokens may hold: 64 MiB in float32.
 _MAX_NUMBERS = 2**24
+# On a CPU tokens are encoded in a fit's pieces, whose arrays stay in its cache.
+_PIECE, _MIN_PIECE_TOKENS = 2**20, 256
 
 
 @torch.no_grad()
@@ -81,9 +84,18 @@ def refine(
     require_linear_decoder(model)
     x = check_activations(x, model.d_in).to(model.b_dec)
     n_candidates = min(n_candidates, model.d_sae)
+    directions, gram = model.dictionary(), None
     widest = max(n_candidates * max(model.d_in, n_candidates), model.d_sae)
+    # All pairs of features at once, where that is less than those of each token.
+    if model.d_sae**2 <= min(_MAX_NUMBERS, len(x) * n_candidates**2):
+        gram, widest = directions @ directions.T, max(n_candidates**2, model.d_sae)
     chunk = max(1, _MAX_NUMBERS // widest)
-    parts = [_refine_chunk(model, prior, part, n_sweeps, n_candidates) for part in x.split(chunk)]
+    piece = chunk if x.is_cuda else min(chunk, max(_MIN_PIECE_TOKENS, _PIECE // model.d_sae))
+    precision = model.noise_scale.reciprocal().square()
+    parts: list[_Law] = []
+    for part in x.split(chunk):
+        starts = [_start(model, prior, p, directions, n_candidates) for p in part.split(piece)]
+        parts += _improve(starts, prior, precision, n_sweeps, directions, gram)
     law = _Law(*(torch.cat(values) for values in zip(*parts, strict=True)))
     return CodePosterior(law.as_distribution(type(prior.slab)))
 
@@ -135,27 +147,58 @@ class _Law(NamedTuple):
         return SpikeSlab(self.logits, law, validate_args=False)
 
 
-def _refine_chunk(
-    model: SparseDictionary, prior: SpikeSlab, x: Tensor, n_sweeps: int, n_candidates: int
-) -> _Law:
-    """Refine some tokens."""
+class _Start(NamedTuple):
+    """The encoder's posterior of some tokens, and what of it is to be improved."""
+
+    law: _Law
+    index: Int[Tensor, "token candidate"]
+    mean: Float[Tensor, "token candidate"]
+    correlation: Float[Tensor, "token candidate"]
+    """Of the candidates' directions with what the means of all features leave."""
+
+
+def _start(
+    model: SparseDictionary, prior: SpikeSlab, x: Tensor, directions: Tensor, n_candidates: int
+) -> _Start:
     q = model.encode(x).distribution
     assert isinstance(q, SpikeSlab)
-    directions, precision = model.directions, model.noise_scale.reciprocal().square()
-    residual = x - model.decode(q.mean)
-    optimum = TiltedSpikeSlab(prior, residual @ directions.T + q.mean, precision)
-    index = torch.maximum(q.logits, optimum.logits).topk(n_candidates, dim=1).indices
-    start, slab = _Law.of(q, len(x)), type(prior.slab)
-    candidates = directions[index]
-    ascent = _Ascent(
-        prior=_Law.of(prior, len(x)).gather(index).as_distribution(slab),
-        precision=precision,
-        gram=candidates @ candidates.mT,
-        correlation=(candidates @ residual[..., None])[..., 0],
-        mean=q.mean.gather(1, index),
+    correlation = (x - model.decode(q.mean)) @ directions.T
+    precision = model.noise_scale.reciprocal().square()
+    optimal_logits = tilted_logits(prior, correlation + q.mean, precision)
+    index = torch.maximum(q.logits, optimal_logits).topk(n_candidates, dim=1).indices
+    return _Start(_Law.of(q, len(x)), index, q.mean.gather(1, index), correlation.gather(1, index))
+
+
+def _improve(
+    starts: list[_Start],
+    prior: SpikeSlab,
+    precision: Tensor,
+    n_sweeps: int,
+    directions: Tensor,
+    gram: Tensor | None,
+) -> list[_Law]:
+    """Refine the candidates of some tokens, all of them in step."""
+    index, mean, correlation = (
+        torch.cat([getattr(start, name) for start in starts])
+        for name in ("index", "mean", "correlation")
     )
-    q_candidates = start.gather(index).as_distribution(slab)
-    return start.scatter(index, ascent.run(q_candidates, n_sweeps))
+    if gram is None:
+        candidates = directions[index]
+        gram_of_token = candidates @ candidates.mT
+    else:
+        gram_of_token = gram[index[:, :, None], index[:, None, :]]
+    slab = type(prior.slab)
+    prior = _Law.of(prior, len(index)).gather(index).as_distribution(slab)
+    ascent = _Ascent(prior, precision, gram_of_token, correlation, mean)
+    laws = [start.law.gather(start.index) for start in starts]
+    before = _Law(*(torch.cat(values) for values in zip(*laws, strict=True)))
+    after = ascent.run(before.as_distribution(slab), n_sweeps)
+    sizes = [len(start.index) for start in starts]
+    parts = zip(*(value.split(sizes) for value in after), strict=True)
+    return [
+        start.law.scatter(start.index, _Law(*part))
+        for start, part in zip(starts, parts, strict=True)
+    ]
 
 
 class _Ascent(NamedTuple):

@@ -68,19 +68,20 @@ class Sums:
         """Take in some tokens."""
         model, mean, spread = self.model, q.mean, q.variance.sum(0).double()
         self.move()
-        self.dictionary.add(mean, spread, x - model.b_dec)
+        error = self.dictionary.add(mean, spread, x - model.b_dec)
         self.n_tokens += len(x)
         self.n_active += q.p_active.sum(0).double()
         self.code += mean.sum(0).double()
-        self.squared_error += (x - model.decode(mean)).square().sum().double() + spread.sum()
+        self.squared_error += error + spread.sum()
         if isinstance(q.distribution, SpikeSlab):
             self.log_present += F.softplus(q.distribution.logits).sum(0).double()
 
     def move(self) -> None:
         """Refer to the model's present dictionary."""
         directions = self.model.dictionary().double()
-        self.squared_error -= self.dictionary.gain(directions)
-        self.dictionary.move(directions)
+        if not torch.equal(directions, self.dictionary.directions):
+            self.squared_error -= self.dictionary.gain(directions)
+            self.dictionary.move(directions)
 
     def scale(self, factor: Float[Tensor, " d_sae"]) -> None:
         """Measure codes in units that are smaller by `factor`."""

@@ -111,17 +111,30 @@ def test_tokens_do_not_depend_on_the_chunk_they_are_in(monkeypatch, n_candidates
     model, x = problem("truncated")
     whole = ps.refine(model, x, n_candidates=n_candidates)
     module = importlib.import_module("probsae.inference.refine")
-    refine_chunk, sizes = module._refine_chunk, []
+    improve, sizes, with_gram = module._improve, [], []
 
-    def counted(model, prior, x, *rest):
-        sizes.append(len(x))
-        return refine_chunk(model, prior, x, *rest)
+    def counted(starts, prior, precision, n_sweeps, directions, gram):
+        sizes.append(sum(len(start.index) for start in starts))
+        with_gram.append(gram is not None)
+        return improve(starts, prior, precision, n_sweeps, directions, gram)
 
     monkeypatch.setattr(module, "_MAX_NUMBERS", limit)
-    monkeypatch.setattr(module, "_refine_chunk", counted)
+    monkeypatch.setattr(module, "_improve", counted)
     torch.testing.assert_close(ps.refine(model, x, n_candidates=n_candidates).mean, whole.mean)
     assert max(sizes) == chunk
     assert sum(sizes) == len(x)
+    assert set(with_gram) == {n_candidates == 12}  # 144 pairs of features are over the other limit
+
+
+def test_pieces_and_pairs_do_not_matter(monkeypatch):
+    model, x = problem("truncated")
+    whole = ps.refine(model, x, n_candidates=5)
+    module = importlib.import_module("probsae.inference.refine")
+    monkeypatch.setattr(module, "_MIN_PIECE_TOKENS", 3)
+    monkeypatch.setattr(module, "_PIECE", 1)
+    torch.testing.assert_close(ps.refine(model, x, n_candidates=5).mean, whole.mean)
+    one_by_one = torch.cat([ps.refine(model, row, n_candidates=5).mean for row in x.split(1)])
+    torch.testing.assert_close(one_by_one, whole.mean)
 
 
 def test_other_features_keep_the_encoders_posterior():
