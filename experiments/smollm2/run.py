@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 import probsae as ps
+from benchmarks.fit_overhead import commit
 from experiments.smollm2.model import smollm2_path
 from probsae.activations import ActivationStore
 from probsae.activations.harvest import harvest
@@ -94,15 +95,12 @@ def measure(
     row = dataclasses.asdict(ps.evaluate([dictionary], held_out).rows[0])
     if token_ids is not None:
         spliced = splice(
-            language_model,
-            held_out.index["hook"],
-            lambda x: dictionary.decode(dictionary.encode(x).mean),
-            token_ids,
-            progress=False,
+            language_model, held_out.index["hook"], dictionary, token_ids, progress=False
         )
         row["loss_recovered"], row["kl"] = spliced.loss_recovered, spliced.kl
         row["cross_entropy"] = spliced.cross_entropy
         row["cross_entropy_spliced"] = spliced.cross_entropy_spliced
+        row["cross_entropy_zero"] = spliced.cross_entropy_zero
     rates = torch.zeros(row["d_sae"], dtype=torch.float64)
     n_seen = 0
     for x in held_out.sequential(4_096):
@@ -173,14 +171,15 @@ def main(
     train, held_out = store.split(HELD_OUT)
     token_ids = held_out_contexts(held_out, context_length, n_contexts)
     scale = store.index["scale"]["scale"]
-    results_file = out / f"{folder.name}.json"
+    results_file = out / (f"{folder.name}.json" if seed == 0 else f"{folder.name}.seed-{seed}.json")
     rows = json.loads(results_file.read_text()) if results_file.exists() else {}
     # A lone code is pulled down by half the coefficient: a tenth of a typical code's size.
     for plan in plans(frontier, rates, l1=2 * scale):
         if plan.name not in rows:
             dictionary = fit_plan(plan, train, d_sae, n_steps, batch_size, seed)
             tokens = token_ids if plan.is_spliced else None
-            rows[plan.name] = measure(dictionary, held_out, language_model, tokens)
+            row = measure(dictionary, held_out, language_model, tokens)
+            rows[plan.name] = row | {"n_steps": n_steps, "seed": seed, "commit": commit()}
             results_file.write_text(json.dumps(rows, indent=1))
     title = f"{hooks[site]}: {len(train):,} tokens, {len(held_out):,} held out"
     Console().print(table(rows, title))
