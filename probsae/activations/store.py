@@ -103,16 +103,17 @@ class ActivationStore:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         generator = torch.Generator().manual_seed(seed)
         run = -(-self.n_tokens // _MAX_RUNS)
-        order = torch.empty(0, dtype=torch.long)
+        order = rows = torch.empty(0, dtype=torch.long)
         while True:
-            while len(order) * run < batch_size:
-                order = torch.cat(
-                    [order, torch.randperm(self.n_tokens // run, generator=generator)]
-                )
-            n_runs = -(-batch_size // run)
-            starts, order = order[:n_runs] * run, order[n_runs:]
-            rows = (starts[:, None] + torch.arange(run)).flatten()[:batch_size]
-            yield self.gather(rows).to(device)
+            while len(rows) < batch_size:
+                if not len(order):
+                    order = torch.randperm(-(-self.n_tokens // run), generator=generator)
+                n_runs = -(-(batch_size - len(rows)) // run)
+                drawn, order = order[:n_runs], order[n_runs:]
+                new = (drawn[:, None] * run + torch.arange(run)).flatten()
+                rows = torch.cat([rows, new[new < self.n_tokens]])
+            yield self.gather(rows[:batch_size]).to(device)
+            rows = rows[batch_size:]
 
     def sequential(
         self, batch_size: int, device: str | torch.device | None = None

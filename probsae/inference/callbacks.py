@@ -47,6 +47,8 @@ class FitState:
     """On the device: 1 from the first step on whose loss or gradient was not finite, else 0. The
     host looks at it every 50 steps on a GPU; a callback that changes the model at each step must
     leave it alone where this is 1."""
+    settings: dict[str, float | int] = field(default_factory=dict)
+    """What else a fit depends on beside model and data: a resumed one must have the same."""
     history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
 
@@ -67,6 +69,9 @@ class Callback:
 
     def on_end(self, state: FitState) -> None:
         """Run after the last step; not run when the fit fails."""
+
+    def on_failure(self, state: FitState) -> None:
+        """Run when the fit ends by an error or is interrupted, before the error goes on."""
 
 
 class Checkpoint(Callback):
@@ -108,7 +113,8 @@ def save_checkpoint(path: Path, state: FitState) -> None:
         for name, value in moments.items()
     }
     tensors["rng"] = torch.get_rng_state()
-    progress = {"step": state.step, "n_steps": state.n_steps, "seed": state.seed}
+    settings = {"n_steps": state.n_steps, "seed": state.seed, **state.settings}
+    progress = {"step": state.step, "settings": settings}
     with atomic_write(path, CHECKPOINT_FILES) as folder:
         save_dictionary(state.model, folder)
         save_file(tensors, folder / "optimizer.safetensors")
@@ -123,17 +129,18 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
     FileNotFoundError
         If there is no complete checkpoint at `path`.
     ValueError
-        If the checkpoint belongs to another model, seed or number of steps.
+        If the checkpoint belongs to another model, seed, number of steps, batch size or rate.
     """
     path = Path(path)
     if not (path / "fit.json").exists():
         raise FileNotFoundError(f"no checkpoint at {path}: it needs fit.json; check the path")
     saved = json.loads((path / "fit.json").read_text())
-    for name in ("n_steps", "seed"):
-        if saved[name] != getattr(state, name):
+    settings = {"n_steps": state.n_steps, "seed": state.seed, **state.settings}
+    for name, value in settings.items():
+        if saved["settings"].get(name) != value:
             raise ValueError(
-                f"the checkpoint at {path} was made with {name}={saved[name]}, this fit has "
-                f"{getattr(state, name)}; resume with the same settings"
+                f"the checkpoint at {path} was made with {name}={saved['settings'].get(name)}, "
+                f"this fit has {value}; resume with the same settings"
             )
     state.model.load_state_dict(load_file(path / "model.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")

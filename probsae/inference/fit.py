@@ -168,6 +168,7 @@ def fit(
     model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
+    state.settings = {"batch_size": batch_size, "learning_rate": learning_rate}
     step = training_step(model, elbo, compile, batch_size, n_steps, objective)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), products_in(model, precision):
@@ -181,6 +182,10 @@ def fit(
         try:
             with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
                 run(single, stream, bar)
+        except BaseException:
+            for callback in single.callbacks:
+                callback.on_failure(state)
+            raise
         finally:
             model.noise_factor.fill_(1.0)
             model.eval()

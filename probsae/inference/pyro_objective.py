@@ -26,24 +26,26 @@ def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
 
 
 @torch.no_grad()
-def _summary(model: SparseDictionary, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL in nats per token, fvu of the posterior mean and firing rates."""
-    posterior = model.posterior(x)
-    kl = kl_divergence(as_event(posterior.distribution), model.prior()).mean()
-    squared_error = (x - model.decode(posterior.mean)).square().sum()
-    fvu = squared_error / (x - x.mean(0)).square().sum()
-    return kl, fvu, posterior.p_active.mean(0)
-
-
 def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tensor) -> Objective:
-    kl, fvu, firing_rate = _summary(model, x)
-    log_likelihood = kl_weight * kl - loss.detach()
+    """Take the loss apart; models that count in their buffers do not count this call."""
+    counted = {name: value.clone() for name, value in model.named_buffers()}
+    posterior = model.posterior(x)
+    extra = model.auxiliary_loss(x, posterior, kl_weight)
+    for name, value in model.named_buffers():
+        value.copy_(counted[name])
+    kl = kl_divergence(as_event(posterior.distribution), model.prior()).mean()
+    auxiliary = torch.zeros_like(kl) if extra is None else extra.mean()
+    log_prior = model.log_prior_parameters()
+    if log_prior is not None:
+        auxiliary = auxiliary - log_prior / (model.n_tokens or len(x))
+    log_likelihood = kl_weight * kl + auxiliary - loss.detach()
+    squared_error = (x - model.decode(posterior.mean)).square().sum()
     return Objective(
         loss=loss,
         elbo=log_likelihood - kl,
         log_likelihood=log_likelihood,
         kl=kl,
-        auxiliary=torch.zeros_like(kl),
-        fvu=fvu,
-        firing_rate=firing_rate,
+        auxiliary=auxiliary,
+        fvu=squared_error / (x - x.mean(0)).square().sum(),
+        firing_rate=posterior.p_active.mean(0),
     )

@@ -85,6 +85,10 @@ class WandbLogger(Callback):
     def on_end(self, state: FitState) -> None:
         self.run.finish()
 
+    def on_failure(self, state: FitState) -> None:
+        if self.run is not None:
+            self.run.finish(exit_code=1)
+
 
 def _is_logged_in() -> bool:
     """Whether an API key is at hand, without asking for one or reaching for the network."""

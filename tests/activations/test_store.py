@@ -49,6 +49,20 @@ def test_a_pass_holds_every_token_once_across_shards(tmp_path):
     assert float(first[:12].max() - first[:12].min()) > 16
 
 
+@pytest.mark.parametrize("most_runs", [48, 10])
+def test_runs_of_neighbours_lose_no_token(tmp_path, monkeypatch, most_runs):
+    """48 tokens in runs of five, of which the last has three, in batches that cut runs."""
+    x = torch.arange(48.0)[:, None].expand(-1, 3).contiguous()
+    monkeypatch.setattr("probsae.activations.store._MAX_RUNS", most_runs)
+    stream = write(tmp_path / "s", x).batches(16, seed=3)
+    for _ in range(3):
+        seen = torch.cat([next(stream)[:, 0] for _ in range(3)])
+        assert sorted(seen.tolist()) == list(range(48))
+        assert seen.tolist() != list(range(48))
+    neighbours = float((seen.diff() == 1).float().mean())
+    assert (neighbours > 0.6) == (most_runs == 10)
+
+
 def test_seed_fixes_the_order(tmp_path, x):
     store = write(tmp_path / "s", x)
     assert torch.equal(next(store.batches(20, seed=1)), next(store.batches(20, seed=1)))

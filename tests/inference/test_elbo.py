@@ -1,5 +1,6 @@
 """The ELBO against cases whose evidence is known exactly."""
 
+import copy
 import math
 
 import pyro
@@ -10,6 +11,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import probsae as ps
 from probsae.inference import ExactELBO, elbo_terms, objective
+from probsae.inference.pyro_objective import pyro_objective
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
 
 
@@ -115,3 +117,30 @@ def test_exact_elbo_refuses_a_nonlinear_decoder():
     with pytest.raises(ValueError, match="TraceMeanField_ELBO"):
         ExactELBO().differentiable_loss(model.model, model.guide, x)
     pyro.clear_param_store()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ps.SpikeSlabDictionary(6, 9, rate_prior=(2.0, 30.0)),
+        lambda: ps.BatchTopKSAE(6, 9, k=2),
+        lambda: ps.GatedSAE(6, 9),
+    ],
+)
+def test_a_step_through_pyro_shows_what_the_closed_form_shows(build):
+    """Each part of the loss, and buffers that count a step count it once."""
+    torch.manual_seed(1)
+    x = torch.randn(40, 6)
+    direct = build().train()
+    direct.initialize_(x)
+    direct.n_tokens = 400
+    through_pyro = copy.deepcopy(direct)
+    weight = torch.tensor(0.3)
+    expected = objective(direct, x, weight)
+    shown = pyro_objective(ExactELBO())(through_pyro, x, weight)
+    for name in ("loss", "elbo", "log_likelihood", "kl", "auxiliary", "fvu", "firing_rate"):
+        torch.testing.assert_close(
+            getattr(shown, name).detach(), getattr(expected, name).detach(), rtol=1e-4, atol=1e-4
+        )
+    for (name, a), b in zip(direct.named_buffers(), through_pyro.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)

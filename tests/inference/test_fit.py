@@ -90,6 +90,9 @@ def test_a_nonfinite_batch_stops_the_fit_at_the_last_good_step(source):
         def on_step(self, state):
             self.weights = {k: v.clone() for k, v in state.model.state_dict().items()}
 
+        def on_failure(self, state):
+            self.failed_at = state.step
+
     keep, model = Keep(), small_model()
     batches = [good] * 9 + [bad] + [good] * 20
     with pytest.raises(NonFiniteElboError, match=r"step 10: .*log_likelihood.*step 9"):
@@ -97,6 +100,7 @@ def test_a_nonfinite_batch_stops_the_fit_at_the_last_good_step(source):
     for name, value in model.state_dict().items():
         assert torch.equal(value, keep.weights[name]), name
     assert not model.training
+    assert keep.failed_at == 9
 
 
 @pytest.mark.parametrize(
@@ -262,6 +266,18 @@ def test_wandb_writes_an_offline_run(source, tmp_path, monkeypatch):
     assert files[0].stat().st_size > 0
 
 
+def test_a_failed_fit_s_wandb_run_is_finished(source, tmp_path):
+    import wandb
+
+    good, _ = source.sample(32)
+    with pytest.raises(NonFiniteElboError):
+        ps.fit(
+            small_model(), iter([good] * 10 + [good * 1e30] * 2),
+            callbacks=[WandbLogger(directory=tmp_path)], **(OPTIONS | {"batch_size": 600}),
+        )  # fmt: skip
+    assert wandb.run is None
+
+
 RESUMABLE = """
 import sys, torch, probsae as ps
 from probsae.inference import Checkpoint, Callback
@@ -303,6 +319,9 @@ def test_a_checkpoint_of_other_settings_is_refused(source, tmp_path):
     ps.fit(small_model(), source, callbacks=[Checkpoint(tmp_path / "run", every=10)], **OPTIONS)
     with pytest.raises(ValueError, match="seed=0"):
         ps.fit(small_model(), source, resume=tmp_path / "run", seed=4, **OPTIONS)
+    for name, value in (("batch_size", 16), ("learning_rate", 0.1)):
+        with pytest.raises(ValueError, match=f"made with {name}="):
+            ps.fit(small_model(), source, resume=tmp_path / "run", **(OPTIONS | {name: value}))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         ps.fit(small_model(), source, resume=tmp_path / "nothing", **OPTIONS)
     assert not list(Path(tmp_path).glob(".*")), "a half-written checkpoint was left behind"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -61,9 +59,6 @@ class BatchTopKSAE(TopKSAE):
             dead_after_tokens=dead_after_tokens,
         )
         self.register_buffer("threshold", torch.full((), -1.0))
-
-    def hyperparameters(self) -> dict[str, Any]:
-        return super().hyperparameters()
 
     def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
         positive = torch.relu(pre_activation)
