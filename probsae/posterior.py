@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from probsae.activations.source import check_activations
 from probsae.arviz_face import import_arviz as _arviz
 from probsae.inference.elbo import elbo_terms
-from probsae.models.base import SparseDictionary
+from probsae.models.base import SparseDictionary, as_event
 
 # Without chain and draw. `activations` has no dimension axis in `log_likelihood`, where arviz takes
 # the first name only.
@@ -35,6 +36,7 @@ def to_arviz(
     *,
     n_draws: int = 500,
     n_chains: int = 2,
+    refine: bool = False,
     seed: int = 0,
 ) -> Any:
     """Draw from the posterior of some tokens' codes and lay it out for arviz.
@@ -48,6 +50,8 @@ def to_arviz(
     n_draws, n_chains : int
         Draws in each chain. The draws are independent, so chains only serve diagnostics that
         compare them.
+    refine : bool, default False
+        Improve the encoder's posterior first, see `probsae.refine`.
     seed : int
         Of the draws.
 
@@ -60,7 +64,7 @@ def to_arviz(
         - `log_likelihood`: `activations` (token), log p(x | codes) of each draw, nats. Given
           codes that were inferred from the same token it flatters: `az.loo` on it judges codes,
           not dictionaries; its Pareto k says where even that fails.
-        - `sample_stats`: `elbo` (token), nats.
+        - `sample_stats`: `elbo` (token), nats; from the draws where the decoder is not linear.
         - `observed_data`: `activations`.
 
     Raises
@@ -86,7 +90,7 @@ def to_arviz(
             f"{n_total} draws of {len(x)} tokens' codes are {n_values:.2g} numbers, more than a "
             "gigabyte; pass fewer tokens or draws"
         )
-    posterior = model.encode(x)
+    posterior = model.encode(x, refine=refine)
     with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
         codes = posterior.sample(n_total)
@@ -94,7 +98,11 @@ def to_arviz(
         noise_scale = model.noise_scale
         noise = noise_scale * torch.randn_like(x_hat)
         log_likelihood = _log_normal(x, x_hat, noise_scale)
-        elbo = elbo_terms(model, x, posterior).elbo if model.has_linear_decoder else None
+        if model.has_linear_decoder:
+            elbo = elbo_terms(model, x, posterior).elbo
+        else:
+            kl = kl_divergence(as_event(posterior.distribution), model.prior())
+            elbo = log_likelihood.mean(0) - kl
     rate = getattr(model, "firing_rate", posterior.p_active.mean(0)).detach()
 
     def shaped(value: Tensor) -> np.ndarray:
@@ -113,10 +121,9 @@ def to_arviz(
         },
         "posterior_predictive": {"activations": shaped(x_hat + noise)},
         "log_likelihood": {"activations": shaped(log_likelihood)},
+        "sample_stats": {"elbo": repeated(elbo)},
         "observed_data": {"activations": x.cpu().double().numpy()},
     }
-    if elbo is not None:
-        groups["sample_stats"] = {"elbo": repeated(elbo)}
     coords = {
         "token": np.arange(len(x)),
         "feature": np.arange(model.d_sae),

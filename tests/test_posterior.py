@@ -123,3 +123,25 @@ def test_arviz_1_gets_nested_groups(monkeypatch):
     assert groups["posterior"]["codes"].shape == (2, 4, 2, 9)
     assert dims["codes"] == ["token", "feature"]
     assert len(coords["feature"]) == 9
+
+
+def test_refined_posteriors_on_request(fitted):
+    model, x = fitted
+    refined = ps.to_arviz(model, x, n_draws=2000, refine=True)
+    expected = ps.refine(model, x)
+    np.testing.assert_allclose(
+        refined.posterior.p_active.values[0, 0], expected.p_active.numpy(), rtol=1e-5
+    )
+    elbo = ps.inference.elbo_terms(model, x, expected).elbo.detach().numpy()
+    np.testing.assert_allclose(refined.sample_stats.elbo.values[0, 0], elbo, rtol=1e-4)
+
+
+def test_any_decoder_has_an_elbo(fitted):
+    x = fitted[1]
+    vae = ps.SparseVAE(d_in=12, d_sae=10)
+    linear = ps.to_arviz(vae, x, n_draws=10).sample_stats.elbo.values[0, 0]
+    bent = ps.SparseVAE(d_in=12, d_sae=10, decoder_hidden=3)  # whose last layer begins at zero
+    bent.load_state_dict(vae.state_dict(), strict=False)
+    draws = ps.to_arviz(bent, x, n_draws=4000)
+    error = draws.log_likelihood.activations.values.std() / np.sqrt(8000)
+    np.testing.assert_allclose(draws.sample_stats.elbo.values[0, 0], linear, atol=5 * error)
