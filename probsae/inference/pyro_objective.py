@@ -28,11 +28,13 @@ def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
 @torch.no_grad()
 def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tensor) -> Objective:
     """Take the loss apart; models that count in their buffers do not count this call."""
-    counted = {name: value.clone() for name, value in model.named_buffers()}
+    counted = {name: (v.clone(), v._version) for name, v in model.named_buffers()}
     posterior = model.posterior(x)
     extra = model.auxiliary_loss(x, posterior, kl_weight)
     for name, value in model.named_buffers():
-        value.copy_(counted[name])
+        before, version = counted[name]
+        if value._version != version:  # the others may be part of the loss's graph
+            value.copy_(before)
     kl = kl_divergence(as_event(posterior.distribution), model.prior()).mean()
     auxiliary = torch.zeros_like(kl) if extra is None else extra.mean()
     log_prior = model.log_prior_parameters()
