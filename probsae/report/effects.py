@@ -38,7 +38,7 @@ def effects_of(
         If a model was named and the hook's directions do not reach the residual stream linearly.
     """
     is_asked = name is not None
-    name = store.index["model"] if name is None else name
+    name = str(store.index["model"]) if name is None else name
     if name in ("", NO_EFFECTS) or not (is_asked or Path(name).exists()):
         return None
     from probsae.activations.language_model import load_language_model
