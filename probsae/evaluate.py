@@ -337,7 +337,7 @@ class _Scores:
             "recall": hits / n_true if n_true else 0.0,
             "f1": 2 * hits / max(1, n_predicted + n_true),
             "best_f1": best,
-            "f1_chance": recovery.support_chance(true).f1,
+            "f1_chance": recovery.support_chance(true, self.n_missing).f1,
         }
         return row | self._calibration(p, true, is_probabilistic)
 

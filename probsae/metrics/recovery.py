@@ -152,14 +152,17 @@ def support_scores(
     return SupportScores(precision, recall, 2 * hits / max(1, n_predicted + n_true))
 
 
-def support_chance(is_true: Bool[Tensor, "token pair"]) -> SupportScores:
+def support_chance(is_true: Bool[Tensor, "token pair"], n_missing: int = 0) -> SupportScores:
     """Scores of knowing nothing: every feature called active on every token.
 
     Of all predictions that do not look at the token, calling a share q of all codes active has
     precision r, the base rate, and recall q, so that q = 1 has the largest F1, 2 r / (1 + r).
+    `n_missing` counts active true codes of features that have no column.
     """
-    rate = float(is_true.double().mean())
-    return SupportScores(rate, 1.0, 2 * rate / (1 + rate))
+    n_hits = int(is_true.sum())
+    n_true = n_hits + n_missing
+    recall = n_hits / n_true if n_true else 0.0
+    return SupportScores(n_hits / is_true.numel(), recall, 2 * n_hits / (is_true.numel() + n_true))
 
 
 def best_threshold_f1(

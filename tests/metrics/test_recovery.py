@@ -92,6 +92,10 @@ def test_no_blind_prediction_beats_the_chance_of_supports():
     chance = support_chance(true)
     everything = support_scores(torch.ones_like(true), true)
     assert chance == pytest.approx(everything)
+    # As many again without a column: a column each that is never predicted.
+    known = torch.cat([torch.ones_like(true), torch.zeros_like(true)], dim=1)
+    expected = support_scores(known, torch.cat([true, true], dim=1))
+    assert support_chance(true, n_missing=int(true.sum())) == pytest.approx(expected)
     for share in (0.01, 0.1, 0.5, 0.9):
         assert support_scores(torch.rand(true.shape) < share, true).f1 < chance.f1
 
