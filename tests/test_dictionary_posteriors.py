@@ -11,6 +11,7 @@ import probsae as ps
 from probsae.arviz_face import import_arviz
 from probsae.inference.dictionary_statistics import Rows
 
+pytestmark = pytest.mark.slow
 az = import_arviz()
 D_IN, D_SAE, N_TOKENS = 8, 6, 40
 

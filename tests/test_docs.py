@@ -10,7 +10,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = {"inspect.md", "calibration.md", "probing.md"}
+SLOW = {
+    *("inspect.md", "calibration.md", "probing.md", "spike_slab.md", "ensembles.md"),
+    *("posteriors.md", "interop.md"),
+}
 WITH_CODE = [
     pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [])
     for page in PAGES

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,19 +85,22 @@ def reliability_diagram(predictions: Mapping[str, tuple[Tensor, Tensor]]) -> Fig
 def loss_curves(histories: Mapping[str, Mapping[str, list]]) -> Figure:
     """Draw each fit's loss, fvu and expected l0 on its batches against steps.
 
-    Losses are nats or squared errors, each family's own: their course is comparable, not their
-    height.
+    Losses are nats or squared errors, each family's own: each is drawn from its least, 0, to its
+    largest, 1. They rise where a penalty is still warming up.
     """
     labels = {
-        "loss": "training loss a token, in each family's units",
+        "loss": "training loss, from its least to its largest",
         "fvu": "fraction of variance unexplained",
         "l0": "expected active features a token",
     }
     figure, panels = new_figure(14, 4, columns=3)
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for name, history in histories.items():
-            axes.plot(history["step"], history[key], label=name)
-        axes.set(yscale="symlog" if key == "loss" else "log", xlabel="step", ylabel=label)
+            values = np.asarray(history[key])
+            if key == "loss":
+                values = (values - values.min()) / max(np.ptp(values), 1e-12)
+            axes.plot(history["step"], values, label=name)
+        axes.set(yscale="linear" if key == "loss" else "log", xlabel="step", ylabel=label)
     panels[0].legend(fontsize="small")
     return figure
 
