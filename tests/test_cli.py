@@ -42,6 +42,10 @@ def test_compare_writes_report_posterior_and_plots(tmp_path, capsys):
     assert "7 dictionaries on" in capsys.readouterr().out
     text = (tmp_path / "run" / "report.md").read_text()
     assert all(name in text for name in plots)
+    table = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
+    assert table["figure"] == "| figure | " + " | ".join(methods) + " | is |"
+    for row in report.rows:
+        assert f" {row.mmcs:.4f} " in table["mmcs"].replace("**", " ")
     data = json.loads((tmp_path / "run" / "data.json").read_text())
     assert data["method"] == "SpikeSlab"
     assert SyntheticActivations(**data["synthetic"]).correlation == "copula"

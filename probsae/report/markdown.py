@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from probsae.compare import Comparison
-from probsae.evaluate import FOUND_COSINE, Dictionary, posterior_batches
+from probsae.evaluate import FOUND_COSINE, Dictionary, Report, posterior_batches
 from probsae.metrics import calibration, recovery
 from probsae.models.base import SparseDictionary
 from probsae.models.files import atomic_write, save
 from probsae.posterior import to_arviz
 from probsae.report import plots, run_folder
+from probsae.report.comparison import comparison_table
 from probsae.synthetic import SyntheticActivations
 
 if TYPE_CHECKING:
@@ -128,6 +129,16 @@ def _write_posterior(
         to_arviz(model, x, n_draws=200).to_netcdf(path)
 
 
+def _table(report: Report) -> str:
+    """Lay out a method a column: there are more figures than methods."""
+    table = comparison_table(report)
+    lines = [["figure", *table.methods, "is"], ["---"] * (len(table.methods) + 2)]
+    for line in table.lines:
+        cells = [f"**{cell.text}**" if cell.is_best else cell.text for cell in line.cells]
+        lines.append([line.name, *cells, line.meaning])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _text(comparison: Comparison, data: SyntheticActivations) -> str:
     report = comparison.report
     facts = "\n".join(f"- {name}: {value}" for name, value in report.facts.items())
@@ -138,11 +149,10 @@ def _text(comparison: Comparison, data: SyntheticActivations) -> str:
 
 {data.n_features} features in {data.d_in} dimensions, {data.n_active} active a token on average,
 probability decaying by {data.decay} a feature, correlation {data.correlation}, noise
-{data.noise_scale}; {report.n_tokens:,} held-out tokens. MMCS at chance level is in its column;
-`band_ece` is the calibration error of probabilities between .02 and .98; `-`: the method has no
-such figure.
+{data.noise_scale}; {report.n_tokens:,} held-out tokens. The best of a line is bold where there is
+a better and a worse; `-`: the method has no such figure.
 
-{report.to_markdown()}
+{_table(report)}
 
 {facts}
 
