@@ -14,11 +14,8 @@ over log size.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +24,13 @@ import tyro
 from torch import Tensor
 
 import probsae as ps
-from benchmarks.fit_overhead import BareLoop, Stopwatch, commit, product_seconds
+from benchmarks.fit_overhead import (
+    BareLoop,
+    Stopwatch,
+    device_name,
+    product_seconds,
+    write_result,
+)
 
 BAR = 1.5
 Run = Callable[[], float]
@@ -143,13 +146,10 @@ def main(
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, _ = ps.SyntheticActivations(d_in=d_in, device=device).sample(16_384)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     result: dict[str, Any] = {
-        "device": name,
+        "device": device_name(device),
         "threads": threads,
         "d_in": d_in,
-        "torch": torch.__version__,
-        "commit": commit(),
         "throughput": [],
     }
     for batch_size in batch_sizes:
@@ -157,21 +157,13 @@ def main(
         result["throughput"].append(row)
         gains = ", ".join(f"{k} {v:.2f}" for k, v in row["throughput over bare loops"].items())
         print(f"batch {batch_size}: {gains}", flush=True)
-        write(result)
+        write_result("ensemble", result)
     if with_growth:
         result["growth"] = growth(device, n_rounds, n_steps)
         for size, row in result["growth"].items():
             times = ", ".join(f"{k}: {v:.2f}" for k, v in row["time over the smallest"].items())
             print(f"{size}: exponent {row['exponent']:.2f} ({times})", flush=True)
-        write(result)
-
-
-def write(result: dict[str, Any]) -> None:
-    """Keep what was measured so far."""
-    name = f"ensemble-{result['device'].replace(' ', '-')}.json"
-    path = Path(__file__).parent / "results" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
+        write_result("ensemble", result)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -44,6 +45,20 @@ def commit() -> str:
     """Return the short hash of what is measured."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the processor's kind."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+
+
+def write_result(benchmark: str, result: dict[str, Any]) -> None:
+    """Write results/<benchmark>-<device>.json, with torch's version and the commit."""
+    path = Path(__file__).parent / "results"
+    path.mkdir(exist_ok=True)
+    result = result | {"torch": torch.__version__, "commit": commit()}
+    name = f"{benchmark}-{result['device'].replace(' ', '-')}.json"
+    (path / name).write_text(json.dumps(result, indent=1))
 
 
 def now() -> float:
@@ -164,24 +179,19 @@ def main(
             medians[name].append(stopwatch.median(n_warm=4))
     seconds = {name: statistics.median(values) for name, values in medians.items()}
     product = statistics.median(products)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    result = {
-        "device": name,
+    result: dict[str, Any] = {
+        "device": device_name(device),
         "threads": threads,
         "shapes": {"d_in": d_in, "d_sae": d_sae, "batch_size": batch_size},
         "ratio": {key: value / seconds["bare"] for key, value in seconds.items()},
         "products_a_step": {key: value / product for key, value in seconds.items()},
         "share_of_ceiling": {key: PRODUCTS[key] * product / v for key, v in seconds.items()},
-        "torch": torch.__version__,
-        "commit": commit(),
     }
     for key, ratio in result["ratio"].items():
         bar = f", bar {BARS[key]}" if key in BARS else ""
         share = result["share_of_ceiling"][key]
         print(f"{key:32s} {ratio:5.2f} x bare, {share:4.0%} of the matrix-product ceiling{bar}")
-    path = Path(__file__).parent / "results" / f"fit_overhead-{name.replace(' ', '-')}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
+    write_result("fit_overhead", result)
 
 
 if __name__ == "__main__":

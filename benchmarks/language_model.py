@@ -10,8 +10,6 @@ All run in turns in one process with the same threads; a figure is the median ov
 from __future__ import annotations
 
 import copy
-import json
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -22,7 +20,7 @@ import tyro
 from torch import Tensor
 
 import probsae as ps
-from benchmarks.fit_overhead import commit, now
+from benchmarks.fit_overhead import device_name, now, write_result
 from experiments.smollm2.model import smollm2_path
 from probsae import lm
 from probsae.activations.harvest import harvest
@@ -103,22 +101,17 @@ def main(
                 torch.cuda.synchronize()
             times[name].append(now() - start)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     result = {
-        "device": name,
+        "device": device_name(device),
         "threads": threads,
         "model": "SmolLM2-135M",
         "tokens": token_ids.numel(),
         "harvest overhead": seconds["harvest"] / seconds["forward"] - 1,
         "splice overhead": seconds["splice"] / seconds["losses"] - 1,
-        "torch": torch.__version__,
-        "commit": commit(),
     }
     for key in ("harvest overhead", "splice overhead"):
         print(f"{key}: {result[key]:.1%}, bar {MOST_OVERHEAD:.0%}")
-    path = Path(__file__).parent / "results" / f"language_model-{name.replace(' ', '-')}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
+    write_result("language_model", result)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ threads; a figure is the median over rounds.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor
 
 import probsae as ps
-from benchmarks.fit_overhead import Stopwatch, commit, now
+from benchmarks.fit_overhead import Stopwatch, device_name, now, write_result
 
 MOST_REFINE, LEAST_POLISH = 10.0, 1 / 3
 
@@ -93,21 +90,16 @@ def main(
         for name, run in runs.items():
             times[name].append(run())
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     result = {
-        "device": name,
+        "device": device_name(device),
         "threads": threads,
         "shapes": {"d_in": d_in, "d_sae": d_sae, "batch_size": batch_size},
         "refine over encode and decode": seconds["refine"] / seconds["encode and decode"],
         "polish over fit, tokens a second": seconds["fit"] / seconds["polish"],
-        "torch": torch.__version__,
-        "commit": commit(),
     }
     print(f"refine: {result['refine over encode and decode']:.2f} x, bar {MOST_REFINE:g}")
     print(f"polish: {result['polish over fit, tokens a second']:.2f} x, bar {LEAST_POLISH:.2f}")
-    path = Path(__file__).parent / "results" / f"posterior-{name.replace(' ', '-')}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
+    write_result("posterior", result)
 
 
 if __name__ == "__main__":
