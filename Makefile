@@ -43,7 +43,7 @@ peers: $(PEERS:%=.peers/%/.ready)
 
 .peers/%/.ready: benchmarks/peers/%.txt
 	test -d .peers/$* || $(PYTHON) -m venv .peers/$*
-	.peers/$*/bin/python -m pip install --quiet --requirement $<
+	.peers/$*/bin/python -m pip install --quiet --no-deps --requirement $<
 	touch $@
 
 test-peers: setup peers

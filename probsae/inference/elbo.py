@@ -90,13 +90,19 @@ def elbo_terms(
     residual = x - model.decode(posterior.mean)
     squared_error = residual.square().sum(-1)
     spread = posterior.variance.sum(-1)  # sum_i v_i |w_i|^2 with unit rows
-    noise_variance = model.noise_scale.square()
-    log_likelihood = -0.5 * (
-        (squared_error + spread) / noise_variance
-        + model.d_in * (noise_variance.log() + math.log(2 * math.pi))
-    )
+    log_likelihood = expected_log_likelihood(model, squared_error + spread)
     kl = kl_divergence(as_event(posterior.distribution), model.prior())
     return ElboTerms(log_likelihood, kl, squared_error)
+
+
+def expected_log_likelihood(
+    model: SparseDictionary, squared_error: Float[Tensor, " token"]
+) -> Float[Tensor, " token"]:
+    """Return E_q log p(x | z), nats per token, given E_q |x - b - zW|^2."""
+    noise_variance = model.noise_scale.square()
+    return -0.5 * (
+        squared_error / noise_variance + model.d_in * (noise_variance.log() + math.log(2 * math.pi))
+    )
 
 
 def objective(
@@ -109,9 +115,20 @@ def objective(
     """
     posterior = model.posterior(x)
     terms = elbo_terms(model, x, posterior)
-    zero = terms.kl.new_zeros(())
     extra = model.auxiliary_loss(x, posterior, kl_weight)
-    auxiliary = zero if extra is None else extra.mean()
+    return summarize(model, x, terms, extra, posterior.p_active.detach().mean(0), kl_weight)
+
+
+def summarize(
+    model: SparseDictionary,
+    x: Float[Tensor, "token d_in"],
+    terms: ElboTerms,
+    extra: Float[Tensor, " token"] | None,
+    firing_rate: Float[Tensor, " d_sae"],
+    kl_weight: float | Tensor,
+) -> Objective:
+    """Put a step's loss together from its terms of each token."""
+    auxiliary = terms.kl.new_zeros(()) if extra is None else extra.mean()
     log_prior = model.log_prior_parameters()
     if log_prior is not None:
         auxiliary = auxiliary - log_prior / (model.n_tokens or len(x))
@@ -125,7 +142,7 @@ def objective(
         kl=kl.detach(),
         auxiliary=auxiliary.detach(),
         fvu=terms.squared_error.detach().sum() / total_variance,
-        firing_rate=posterior.p_active.detach().mean(0),
+        firing_rate=firing_rate,
     )
 
 

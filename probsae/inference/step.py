@@ -13,6 +13,7 @@ from torch import Tensor
 
 from probsae.inference.compiling import compiled_objective
 from probsae.inference.elbo import Objective, objective
+from probsae.inference.kept_objective import keeps_few, kept_objective
 from probsae.inference.pyro_objective import pyro_objective
 from probsae.models.base import SparseDictionary
 
@@ -40,7 +41,10 @@ def training_step(
     n_steps: int,
     loss_function: LossFunction | None = None,
 ) -> Step:
-    """Choose between a loss of the caller's, the closed form, compiled or not, and a Pyro ELBO."""
+    """Choose between a loss of the caller's, the closed form, compiled or not, and a Pyro ELBO.
+
+    Steps whose codes are few are taken through those, and not compiled.
+    """
     if loss_function is not None:
         return lambda *inputs: _differentiate(loss_function, *inputs)
     if elbo is None and not model.has_linear_decoder:
@@ -51,7 +55,12 @@ def training_step(
         compile = pays_to_compile([model], batch_size, n_steps)
     function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
     n_tokens = piece_tokens(model, batch_size)
-    return lambda *inputs: _differentiate(function, *inputs, n_tokens=n_tokens)
+
+    def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
+        chosen = kept_objective if keeps_few(model, x) else function
+        return _differentiate(chosen, model, x, kl_weight, n_tokens)
+
+    return step
 
 
 def pays_to_compile(models: Sequence[SparseDictionary], batch_size: int, n_steps: int) -> bool:

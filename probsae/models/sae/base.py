@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 from probsae.distributions import SpikeSlab, TruncatedNormal
 from probsae.models.base import CodePosterior, SparseDictionary, as_event
 from probsae.models.code_priors import typical_code_size
+from probsae.models.sae.kept import Support, kept_pre_activations
 
 
 class DeterministicSAE(SparseDictionary):
@@ -98,6 +99,55 @@ class DeterministicSAE(SparseDictionary):
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"d_in": self.d_in, "d_sae": self.d_sae}
+
+
+class KeptCodes(NamedTuple):
+    """A batch's codes through those that are not zero."""
+
+    support: Support
+    """Which ones are kept."""
+    values: Float[Tensor, " kept"]
+    """What they are; zero is allowed."""
+    pre_activation: Float[Tensor, "token d_sae"]
+    """Of all."""
+
+
+class KeepingSAE(DeterministicSAE):
+    """A kept code is its pre-activation, the others are zero: the products can leave those out.
+
+    Subclasses fill `support` and `expected_l0`, and where they have them `kept_cost` and
+    `kept_auxiliary`: together the same loss as `codes`, `prior` and `auxiliary_loss`.
+    """
+
+    @abstractmethod
+    def support(self, pre_activation: Float[Tensor, "token d_sae"]) -> Support:
+        """Choose the codes that are kept; those that are not numbers are, so that the loss is none."""
+
+    @abstractmethod
+    def expected_l0(self, x: Float[Tensor, "token d_in"]) -> float:
+        """Return how many codes of a token are kept, about."""
+
+    def kept_codes(self, x: Float[Tensor, "token d_in"]) -> KeptCodes:
+        """Encode `x`, with gradient through the kept codes only."""
+        pre_activation = self.pre_activation(x)
+        support = self.support(pre_activation.detach())
+        constant = self.b_dec.detach()
+        bias = self.b_enc + (constant - self.b_dec) @ self.W_enc
+        kept = kept_pre_activations(x - constant, self.W_enc, bias, pre_activation, support)
+        return KeptCodes(support, torch.relu(kept), pre_activation)
+
+    def kept_cost(self, codes: KeptCodes) -> Float[Tensor, " token"]:
+        """Return minus the log prior density of the codes; 0 where it is flat."""
+        return codes.values.new_zeros(codes.support.n_tokens)
+
+    def kept_auxiliary(
+        self,
+        x: Float[Tensor, "token d_in"],
+        codes: KeptCodes,
+        residual: Float[Tensor, "token d_in"],
+    ) -> Float[Tensor, " token"] | None:
+        """Return `auxiliary_loss`, given what the codes leave of `x`."""
+        return None
 
 
 def check_k(k: int, d_sae: int) -> int:

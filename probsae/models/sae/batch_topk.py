@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probsae.models.sae.kept import Support
 from probsae.models.sae.topk import TopKSAE
 
 # Weight of a new batch in the running threshold: a memory of about 100 steps.
@@ -70,6 +71,12 @@ class BatchTopKSAE(TopKSAE):
         smallest = self._kth_largest(positive.detach())
         self._remember(smallest)
         return positive * (positive >= smallest)
+
+    def support(self, pre_activation: Float[Tensor, "token d_sae"]) -> Support:
+        positive = torch.relu(pre_activation)
+        smallest = self._kth_largest(positive)
+        self._remember(smallest)
+        return Support.of_mask(~(positive < smallest) & ~(positive <= 0))
 
     def _kth_largest(self, values: Float[Tensor, "token d_sae"]) -> Float[Tensor, ""]:
         """Return the smallest of the k x token largest values."""

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probsae.models.base import CodePosterior
+from probsae.models.sae.base import KeptCodes
 from probsae.models.sae.batch_topk import BatchTopKSAE
+from probsae.models.sae.kept import decode_kept
 
 
 class MatryoshkaSAE(BatchTopKSAE):
@@ -84,4 +86,21 @@ class MatryoshkaSAE(BatchTopKSAE):
             loss = loss + (x - x_hat).square().sum(-1)
             start = stop
         dead = super().auxiliary_loss(x, posterior, kl_weight)
+        return loss if dead is None else loss + dead
+
+    def kept_auxiliary(
+        self,
+        x: Float[Tensor, "token d_in"],
+        codes: KeptCodes,
+        residual: Float[Tensor, "token d_in"],
+    ) -> Float[Tensor, " token"]:
+        loss, directions = torch.zeros_like(x[:, 0]), self.directions
+        x_hat, start = self.b_dec.expand_as(x), 0
+        for stop in self.prefixes:
+            is_between = (codes.support.feature >= start) & (codes.support.feature < stop)
+            between = codes.support.within(is_between)
+            x_hat = x_hat + decode_kept(codes.values[is_between], directions, between)
+            loss = loss + (x - x_hat).square().sum(-1)
+            start = stop
+        dead = super().kept_auxiliary(x, codes, residual)
         return loss if dead is None else loss + dead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from probsae.models.base import CodePosterior, as_event
-from probsae.models.sae.base import DeterministicSAE
+from probsae.models.sae.base import KeepingSAE, KeptCodes
+from probsae.models.sae.kept import Support
+
+# Tokens of a batch that show how sparse its codes are.
+_N_PROBED = 64
 
 
-class ReLUSAE(DeterministicSAE):
+class ReLUSAE(KeepingSAE):
     r"""z = ReLU((x - b_dec) W_enc + b_enc); loss |x - x_hat|^2 + l1_coefficient |z|_1, per token.
 
     The prior is Exponential: with noise variance 1/2 its rate is the coefficient exactly.
@@ -38,7 +43,7 @@ class ReLUSAE(DeterministicSAE):
     True
     """
 
-    varying: ClassVar[tuple[str, ...]] = (*DeterministicSAE.varying, "l1_coefficient")
+    varying: ClassVar[tuple[str, ...]] = (*KeepingSAE.varying, "l1_coefficient")
 
     def __init__(self, d_in: int, d_sae: int, *, l1_coefficient: float = 0.1):
         if not l1_coefficient > 0:
@@ -51,6 +56,18 @@ class ReLUSAE(DeterministicSAE):
 
     def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
         return torch.relu(pre_activation)
+
+    def support(self, pre_activation: Float[Tensor, "token d_sae"]) -> Support:
+        return Support.of_mask(~(pre_activation <= 0))
+
+    @torch.no_grad()
+    def expected_l0(self, x: Float[Tensor, "token d_in"]) -> float:
+        pre_activation = self.pre_activation(x[:_N_PROBED])
+        return float((pre_activation > 0).sum()) / len(pre_activation)
+
+    def kept_cost(self, codes: KeptCodes) -> Float[Tensor, " token"]:
+        normalizer = self.d_sae * math.log(self.l1_coefficient)
+        return self.l1_coefficient * codes.support.sum_by_token(codes.values) - normalizer
 
     def penalty(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
         return self.l1_coefficient * posterior.mean.sum(-1)

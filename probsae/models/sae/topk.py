@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from probsae.models.base import CodePosterior
-from probsae.models.sae.base import DeterministicSAE, check_k
+from probsae.models.sae.base import KeepingSAE, KeptCodes, check_k
+from probsae.models.sae.kept import Support
 
 
-class TopKSAE(DeterministicSAE):
+class TopKSAE(KeepingSAE):
     r"""z keeps the k largest of ReLU((x - b_dec) W_enc + b_enc) of each token.
 
     Features that have not fired for a while are trained by the auxiliary loss: the `k_auxiliary`
@@ -44,7 +45,7 @@ class TopKSAE(DeterministicSAE):
 
     couples_tokens = True
     varying: ClassVar[tuple[str, ...]] = (
-        *DeterministicSAE.varying,
+        *KeepingSAE.varying,
         "k",
         "dead_after_tokens",
     )
@@ -86,29 +87,56 @@ class TopKSAE(DeterministicSAE):
     def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
         return _keep_largest(torch.relu(pre_activation), self.k, self.k_max)
 
+    def support(self, pre_activation: Float[Tensor, "token d_sae"]) -> Support:
+        index = torch.relu(pre_activation).topk(self.k, dim=-1, sorted=False).indices
+        return Support.of_index(index, self.d_sae)
+
+    def expected_l0(self, x: Float[Tensor, "token d_in"]) -> float:
+        return self.k
+
     def auxiliary_loss(
         self, x: Float[Tensor, "token d_in"], posterior: CodePosterior, kl_weight: float | Tensor
     ) -> Float[Tensor, " token"] | None:
         z, pre_activation = posterior.mean, posterior.pre_activation
         assert pre_activation is not None
         if self.training:
-            self._count(z.detach())
+            self._count((z.detach() > 0).any(0), len(z))
         if self.auxiliary_coefficient == 0:
             return None
-        is_dead = self.tokens_since_fired >= self.dead_after_tokens
-        residual = (x - self.decode(z)).detach()
-        candidates = torch.relu(pre_activation) * is_dead
+        return self._dead_loss(x - self.decode(z), pre_activation)
+
+    def kept_auxiliary(
+        self,
+        x: Float[Tensor, "token d_in"],
+        codes: KeptCodes,
+        residual: Float[Tensor, "token d_in"],
+    ) -> Float[Tensor, " token"] | None:
+        if self.training:
+            self._count(codes.support.sum_by_feature(codes.values.detach()) > 0, len(x))
+        if self.auxiliary_coefficient == 0 or not bool(self.is_dead.any()):
+            return None
+        return self._dead_loss(residual, codes.pre_activation)
+
+    @property
+    def is_dead(self) -> Bool[Tensor, " d_sae"]:
+        """Which features have not fired for `dead_after_tokens` tokens of training."""
+        return self.tokens_since_fired >= self.dead_after_tokens
+
+    def _dead_loss(
+        self, residual: Float[Tensor, "token d_in"], pre_activation: Float[Tensor, "token d_sae"]
+    ) -> Float[Tensor, " token"]:
+        candidates = torch.relu(pre_activation) * self.is_dead
         kept = _keep_largest(candidates, self.k_auxiliary, self.k_auxiliary)
         reconstruction = self.product(kept, self.directions)
         # With few dead features the auxiliary codes cannot explain much: their error counts less.
-        share = (is_dead.sum() / self.k_auxiliary).clamp(max=1)
-        error = (residual - reconstruction).square().sum(-1)
+        share = (self.is_dead.sum() / self.k_auxiliary).clamp(max=1)
+        error = (residual.detach() - reconstruction).square().sum(-1)
         return self.auxiliary_coefficient * share * error
 
     @torch.no_grad()
-    def _count(self, z: Tensor) -> None:
-        since = self.tokens_since_fired + len(z)
-        self.tokens_since_fired.copy_(torch.where((z > 0).any(0), 0.0, since))
+    def _count(self, has_fired: Bool[Tensor, " d_sae"], n_tokens: int) -> None:
+        since = self.tokens_since_fired + n_tokens
+        self.tokens_since_fired.copy_(torch.where(has_fired, 0.0, since))
 
 
 def _keep_largest(values: Tensor, k: int | Tensor, k_max: int) -> Tensor:

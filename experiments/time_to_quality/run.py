@@ -1,0 +1,200 @@
+"""How long until the dictionary is right: spike-and-slab against TopK and BatchTopK.
+
+    python -m experiments.time_to_quality.run tune      # TopK and BatchTopK, on seed 100
+    python -m experiments.time_to_quality.run compare   # fits of several lengths, seeds 0, 1, 2
+    python -m experiments.time_to_quality.run table     # README's table from the results
+
+The seed benchmark without noise. Each length is a fit of its own, with its learning rate down to
+zero at its end: a long fit's middle is worse than the end of a shorter one. A fit's time is its
+number of steps times the median step, in seconds of the one thread that it ran on, without the
+drawing of the data and the compiler. All fits of a command run one after the other in one
+process; finished ones are kept in results/ and not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import probsae as ps
+from benchmarks.fit_overhead import commit
+from probsae.inference import Callback, FitState, NoiseFloorWarning
+
+RESULTS = Path(__file__).parent / "results"
+D_SAE, BATCH_SIZE = 768, 1_024
+SEEDS, TUNING_SEED, N_TUNING_STEPS = (0, 1, 2), 100, 1_000
+RIVALS = ("TopKSAE", "BatchTopKSAE")
+RIVAL_STEPS = (1_000, 2_000, 4_000)
+OURS_STEPS = (500, 750, 1_000, 1_500, 2_000)
+POLISH_TOKENS, POLISHED_STEPS = 100_000, (500, 750, 1_000)
+MMCS_BAR, F1_BAR = 0.999, 0.93
+
+
+class Clock(Callback):
+    """Deals out batches of fresh tokens and takes the time of each step, without the drawing."""
+
+    def __init__(self, data: ps.SyntheticActivations):
+        self.data, self.steps, self.began = data, [], 0.0
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield batches without end."""
+        while True:
+            x, _ = self.data.sample(BATCH_SIZE)
+            self.began = time.thread_time()
+            yield x
+
+    def on_step(self, state: FitState) -> None:
+        self.steps.append(time.thread_time() - self.began)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps, each at their median: the first ones hold the compiler."""
+        return len(self.steps) * statistics.median(self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One fit, polished or not, and its evaluation on 32,768 fresh tokens."""
+
+    model: str
+    seed: int
+    n_steps: int
+    options: dict[str, float | int] = dataclasses.field(default_factory=dict)
+    learning_rate: float | None = None
+    n_polish: int = 0
+
+    @property
+    def name(self) -> str:
+        """File name of the result."""
+        options = "".join(f"-{key}={value}" for key, value in self.options.items())
+        rate = "" if self.learning_rate is None else f"-lr={self.learning_rate}"
+        polish = f"-polish={self.n_polish}" if self.n_polish else ""
+        return f"{self.model}{options}{rate}-seed={self.seed}-steps={self.n_steps}{polish}.json"
+
+    def run(self) -> None:
+        """Fit, evaluate and write the result."""
+        torch.manual_seed(self.seed)
+        data = ps.SyntheticActivations(seed=self.seed)
+        model = getattr(ps, self.model)(d_in=256, d_sae=D_SAE, **self.options)
+        clock = Clock(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoiseFloorWarning)  # no noise: the floor binds
+            ps.fit(
+                model, clock.batches(), n_steps=self.n_steps, batch_size=BATCH_SIZE,
+                learning_rate=self.learning_rate, seed=self.seed, callbacks=[clock],
+                compile=True, progress=False,
+            )  # fmt: skip
+        seconds = clock.seconds
+        if self.n_polish:
+            began = time.thread_time()
+            ps.polish(model, data, n_tokens=self.n_polish, seed=self.seed, progress=False)
+            seconds += time.thread_time() - began
+        row = dataclasses.asdict(ps.evaluate([model], data, seed=self.seed + 1).rows[0])
+        cosine = ps.metrics.max_cosines(model.dictionary(), data.features)
+        result = {
+            "trial": dataclasses.asdict(self),
+            "seconds": seconds,
+            "row": row | {"least_cosine": float(cosine.min())},
+            "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
+            "commit": commit(),
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / self.name).write_text(json.dumps(result, indent=1))
+
+    def result(self) -> dict[str, Any] | None:
+        """Return what `run` wrote, if it did."""
+        path = RESULTS / self.name
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def tuning_trials() -> list[Trial]:
+    """Grids of the rivals; k may know the truth, which is 5."""
+    return [
+        Trial(model, TUNING_SEED, N_TUNING_STEPS, {"k": k}, rate)
+        for model in RIVALS
+        for k in (4, 5, 6, 8)
+        for rate in (3e-3, 1e-2)
+    ]
+
+
+def tuned() -> dict[str, tuple[dict[str, float | int], float]]:
+    """Options and rate of each rival with the best MMCS on the tuning seed."""
+    best: dict[str, tuple[float, dict[str, float | int], float]] = {}
+    for trial in tuning_trials():
+        result = trial.result()
+        if result is not None and result["row"]["mmcs"] > best.get(trial.model, (0.0,))[0]:
+            assert trial.learning_rate is not None
+            best[trial.model] = (result["row"]["mmcs"], trial.options, trial.learning_rate)
+    return {model: (options, rate) for model, (_, options, rate) in best.items()}
+
+
+def comparison_trials() -> list[Trial]:
+    """Fits of several lengths, in turns between the methods."""
+    trials = []
+    for seed in SEEDS:
+        for n_steps in RIVAL_STEPS:
+            trials += [
+                Trial(model, seed, n_steps, options, rate)
+                for model, (options, rate) in tuned().items()
+            ]
+        trials += [Trial("SpikeSlabDictionary", seed, n_steps) for n_steps in OURS_STEPS]
+        trials += [
+            Trial("SpikeSlabDictionary", seed, n_steps, n_polish=POLISH_TOKENS)
+            for n_steps in POLISHED_STEPS
+        ]
+    return trials
+
+
+def reaches(result: dict[str, Any]) -> bool:
+    """Whether a fit is good enough."""
+    return result["row"]["mmcs"] >= MMCS_BAR and result["row"]["f1"] >= F1_BAR
+
+
+def table() -> str:
+    """Lay out quality and time of each seed's fits, times over that of the best rival's best."""
+    columns = ("method", "steps", "time", "MMCS", "least cosine", "F1", "best F1", "fvu")
+    lines = [f"| seed | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+    for seed in SEEDS:
+        done = [(t, t.result()) for t in comparison_trials() if t.seed == seed]
+        results = [(trial, result) for trial, result in done if result is not None]
+        rivals = [r for t, r in results if t.model in RIVALS]
+        if not rivals:
+            continue
+        unit = max(rivals, key=lambda result: result["row"]["mmcs"])["seconds"]
+        for trial, result in results:
+            row, steps = result["row"], f"{trial.n_steps:,}"
+            steps += f" + polish ({trial.n_polish:,} tokens)" if trial.n_polish else ""
+            settings = "".join(f", {key} {value}" for key, value in trial.options.items())
+            cells = [trial.model + settings, steps, f"{result['seconds'] / unit:.2f}"]
+            cells += [f"{row['mmcs']:.5f}", f"{row['least_cosine']:.4f}", f"{row['f1']:.3f}"]
+            cells += [f"{row['best_f1']:.3f}", f"{row['fvu']:.4f}"]
+            lines.append(f"| {seed} | {' | '.join(cells)} |")
+        good = [r["seconds"] / unit for t, r in results if t.model not in RIVALS and reaches(r)]
+        first = f"first at {min(good):.2f}" if good else "never"
+        lines.append(f"| {seed} | MMCS {MMCS_BAR} and F1 {F1_BAR} | {first} | | | | | | |")
+    return "\n".join(lines)
+
+
+def main(what: Literal["tune", "compare", "table"]) -> None:
+    """Run what is missing, and print the table."""
+    torch.set_num_threads(1)
+    trials = {"tune": tuning_trials, "compare": comparison_trials}.get(what, list)()
+    for trial in tqdm([t for t in trials if t.result() is None], unit="fit"):
+        trial.run()
+    print(table())
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))

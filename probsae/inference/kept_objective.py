@@ -1,0 +1,39 @@
+"""The objective of an SAE through the codes that it keeps: on a CPU, where they are few."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probsae.inference.elbo import ElboTerms, Objective, expected_log_likelihood, summarize
+from probsae.models.base import SparseDictionary
+from probsae.models.sae.base import KeepingSAE
+from probsae.models.sae.kept import decode_kept
+
+# Dense products take as long as sparse ones of one code in eight (docs/decisions/kept_codes.md).
+_MAX_SHARE = 1 / 8
+
+
+def keeps_few(model: SparseDictionary, x: Float[Tensor, "token d_in"]) -> bool:
+    """Whether a step on `x` is better taken through the kept codes."""
+    if not isinstance(model, KeepingSAE) or model.product_dtype is not None:
+        return False
+    if x.device.type != "cpu" or not torch.backends.mkl.is_available():
+        return False
+    return model.expected_l0(x) <= _MAX_SHARE * model.d_sae
+
+
+def kept_objective(
+    model: KeepingSAE, x: Float[Tensor, "token d_in"], kl_weight: float | Tensor = 1.0
+) -> Objective:
+    """Compute what `objective` does; a test holds the two together."""
+    codes = model.kept_codes(x)
+    x_hat = decode_kept(codes.values, model.directions, codes.support) + model.b_dec
+    residual = x - x_hat
+    squared_error = residual.square().sum(-1)
+    log_likelihood = expected_log_likelihood(model, squared_error)
+    terms = ElboTerms(log_likelihood, model.kept_cost(codes), squared_error)
+    extra = model.kept_auxiliary(x, codes, residual)
+    n_active = codes.support.sum_by_feature((codes.values.detach() > 0).to(x.dtype))
+    return summarize(model, x, terms, extra, n_active / len(x), kl_weight)
