@@ -16,6 +16,7 @@ from probsae.inference.elbo import Objective, objective
 from probsae.inference.kept_objective import keeps_few, kept_objective
 from probsae.inference.pyro_objective import pyro_objective
 from probsae.models.base import SparseDictionary
+from probsae.models.sae.base import KeepingSAE
 
 # Products x tokens from which compiling (20-40 s on two cores) is repaid on a CPU.
 _COMPILE_FROM = 4e11
@@ -57,10 +58,16 @@ def training_step(
     n_tokens = piece_tokens(model, batch_size)
 
     def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
-        chosen = kept_objective if keeps_few(model, x) else function
-        return _differentiate(chosen, model, x, kl_weight, n_tokens)
+        if keeps_few(model, x):
+            return kept_step(model, x, kl_weight, n_tokens)
+        return _differentiate(function, model, x, kl_weight, n_tokens)
 
     return step
+
+
+def kept_step(model: SparseDictionary, x: Tensor, kl_weight: Tensor, n_tokens: int) -> Objective:
+    """Take a step of a model that keeps few codes, `n_tokens` at a time."""
+    return _differentiate(kept_objective, model, x, kl_weight, n_tokens)
 
 
 def pays_to_compile(models: Sequence[SparseDictionary], batch_size: int, n_steps: int) -> bool:
@@ -75,6 +82,8 @@ def members_at_a_time(model: SparseDictionary, n_tokens: int) -> int:
     """Models of an ensemble that take their step at a time: a cache full, or all on a GPU."""
     if model.b_dec.is_cuda:
         return sys.maxsize
+    if isinstance(model, KeepingSAE):  # each on its own takes the step that suits its codes
+        return 1
     return max(1, _PIECE // (n_tokens * model.d_sae))
 
 

@@ -8,6 +8,7 @@ import torch
 import probsae as ps
 from probsae.inference import NonFiniteElboError, objective
 from probsae.inference.kept_objective import keeps_few, kept_objective
+from probsae.inference.step import kept_step
 from probsae.models.sae.kept import Support, decode_kept, kept_pre_activations
 
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
@@ -32,13 +33,13 @@ def fresh(cls, options, *, dead=()):
     return model
 
 
-@pytest.mark.parametrize(("cls", "options"), FAMILIES)
-@pytest.mark.parametrize("dead", [(), (4, 9)])
+@pytest.mark.parametrize(
+    ("cls", "options", "dead"),
+    [(*family, ()) for family in FAMILIES] + [(*family, (4, 9)) for family in FAMILIES[1:]],
+)
 def test_values_gradients_and_counters_agree(cls, options, dead):
     dense = fresh(cls, options, dead=dead)
     if dead:
-        if cls is ps.ReLUSAE:
-            pytest.skip("has no auxiliary loss")
         dense.tokens_since_fired[list(dead)] = 1_000
     sparse = copy.deepcopy(dense)
     for _ in range(2):  # a second step with what the first one counted
@@ -91,6 +92,7 @@ def test_a_fit_takes_the_kept_codes_where_they_are_few():
     few, many = ps.TopKSAE(d_in=12, d_sae=32, k=4), ps.TopKSAE(d_in=12, d_sae=32, k=5)
     assert keeps_few(few, X)
     assert not keeps_few(many, X)
+    assert not keeps_few(few, X.to("meta"))  # nor on a GPU, where looking at values costs
     relu = ps.ReLUSAE(d_in=12, d_sae=32)
     assert not keeps_few(relu, X)  # half of the pre-activations are positive at first
     with torch.no_grad():
@@ -111,6 +113,33 @@ def test_codes_that_are_not_numbers_are_seen(cls):
     model.is_initialized.fill_(True)
     with pytest.raises(NonFiniteElboError):
         ps.fit(model, X, n_steps=1, batch_size=50)
+
+
+def test_members_of_an_ensemble_take_them_too(monkeypatch):
+    x = torch.randn(400, 12, generator=torch.Generator().manual_seed(1))
+    taken = []
+
+    def noted(model, x, *rest):
+        taken.append(type(model).__name__)
+        return kept_step(model, x, *rest)
+
+    monkeypatch.setattr("probsae.inference.ensemble.group.kept_step", noted)
+
+    def members():
+        torch.manual_seed(0)
+        sizes = {"d_in": 12, "d_sae": 40}
+        return [ps.TopKSAE(**sizes, k=3), ps.TopKSAE(**sizes, k=20), ps.BatchTopKSAE(**sizes, k=3)]
+
+    together, alone = members(), members()
+    options = {"n_steps": 20, "batch_size": 100, "seed": 0, "progress": False}
+    ps.fit_ensemble(together, x, **options)
+    assert taken.count("TopKSAE") == taken.count("BatchTopKSAE") == 20
+    for one, other in zip(together, alone, strict=True):
+        ps.fit(other, x, **options)
+        for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
+        for (name, a), b in zip(one.named_buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_both_paths_learn_the_same(monkeypatch):

@@ -13,11 +13,16 @@ from probsae.inference.ensemble.member import Member, course
 from probsae.inference.ensemble.memory import split
 from probsae.inference.ensemble.program import Adam, Gradient, Guard, Rates, Update, trace
 from probsae.inference.ensemble.stack import Stack, Tensors
+from probsae.inference.kept_objective import keeps_few
+from probsae.inference.step import kept_step
+from probsae.models.base import SparseDictionary
 
 
 class _Chunk(NamedTuple):
     """Views of those members that take their step at a time."""
 
+    single: SparseDictionary | None
+    """The model, where it is one."""
     values: Tensors
     hyper: Tensors
     adam: Adam
@@ -77,7 +82,11 @@ class Group:
                 return {name: views(v) for name, v in value.items()}
             return type(value)(*map(views, value))
 
-        return _Chunk(*map(views, (stack.values, stack.hyper, adam, self.guard, self.rates)))
+        models = stack.models[part]
+        return _Chunk(
+            models[0] if len(models) == 1 else None,
+            *map(views, (stack.values, stack.hyper, adam, self.guard, self.rates)),
+        )
 
     def _factors(self) -> tuple[Tensors, Tensors]:
         """Read from the members' optimisers how their learning rates differ by parameter."""
@@ -106,6 +115,17 @@ class Group:
         self.shown = Objective(*map(_join, zip(*shown, strict=True)))
 
     def _advance(self, chunk: _Chunk, x: Tensor, x_is_finite: Tensor) -> list[Tensor]:
+        if chunk.single is not None and keeps_few(chunk.single, x):
+            gradient = self._kept_gradient(chunk.single, chunk.rates.kl_weight, x)
+        else:
+            gradient = self._dense_gradient(chunk, x)
+        values = (chunk.values, chunk.adam, chunk.guard, chunk.rates)
+        self._run(self._update, *values, x_is_finite, *gradient)
+        return gradient[0]
+
+    def _dense_gradient(
+        self, chunk: _Chunk, x: Tensor
+    ) -> tuple[list[Tensor], Tensors, list[Tensor]]:
         pieces = x.split(self.n_tokens)
         inputs = (chunk.values, chunk.hyper, chunk.rates.kl_weight)
         shown, buffers, gradients = self._run(self._gradient, *inputs, pieces[0])
@@ -116,11 +136,25 @@ class Group:
             more, buffers, added = self._run(self._gradient, *inputs, piece)
             for total, term in zip([*shown, *gradients], [*more, *added], strict=True):
                 total.add_(term, alpha=len(piece) / len(x))
-        self._run(
-            self._update, chunk.values, chunk.adam, chunk.guard, chunk.rates, x_is_finite,
-            shown, buffers, gradients,
-        )  # fmt: skip
-        return shown
+        return shown, buffers, gradients
+
+    def _kept_gradient(
+        self, model: SparseDictionary, kl_weight: Tensor, x: Tensor
+    ) -> tuple[list[Tensor], Tensors, list[Tensor]]:
+        """Return the same of one member, through the codes that it keeps."""
+        buffers = dict(model.named_buffers())
+        before = {name: value.clone() for name, value in buffers.items()}
+        objective = kept_step(model, x, kl_weight[0], self.n_tokens)
+        after = {name: value.clone()[None] for name, value in buffers.items()}
+        for name, value in buffers.items():  # the update decides whether they change
+            value.copy_(before[name])
+        gradients = []
+        for name in self.stack.trained:
+            parameter = model.get_parameter(name)
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(gradient[None])
+            parameter.grad = None
+        return [term[None] for term in objective], after, gradients
 
     def _run(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Run a function through its graph for these shapes, traced at its first call."""

@@ -121,7 +121,7 @@ class KeepingSAE(DeterministicSAE):
 
     @abstractmethod
     def support(self, pre_activation: Float[Tensor, "token d_sae"]) -> Support:
-        """Choose the codes that are kept; those that are not numbers are, so that the loss is none."""
+        """Choose the codes that are kept; what is not a number is, so that the loss shows it."""
 
     @abstractmethod
     def expected_l0(self, x: Float[Tensor, "token d_in"]) -> float:
