@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import probsae as ps
 from probsae.inference import Callback, FitState
 
+RESULTS = Path(__file__).parent / "results"
 # Products of the batch with a dictionary that each method cannot do without. Bare and ReLU: two
 # forward, and backward the gradients of W_enc, W_dec and the codes (the bare loop lets autograd
 # take one more, of the centred input, for b_dec). SpikeSlab: forward encoder and
@@ -54,11 +55,10 @@ def device_name(device: torch.device) -> str:
 
 def write_result(benchmark: str, result: dict[str, Any]) -> None:
     """Write results/<benchmark>-<device>.json, with torch's version and the commit."""
-    path = Path(__file__).parent / "results"
-    path.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     result = result | {"torch": torch.__version__, "commit": commit()}
     name = f"{benchmark}-{result['device'].replace(' ', '-')}.json"
-    (path / name).write_text(json.dumps(result, indent=1))
+    (RESULTS / name).write_text(json.dumps(result, indent=1))
 
 
 def now() -> float:

@@ -29,8 +29,8 @@ import probsae as ps
 from benchmarks.fit_overhead import device_name, product_seconds, write_result
 
 ROOT = Path(__file__).parent.parent
-PEERS = ("saelens", "dictionary_learning", "sparsify", "overcomplete")
-OURS = ("probsae", "probsae_eager", "bare")
+PEERS: tuple[str, ...] = ("saelens", "dictionary_learning", "sparsify", "overcomplete")
+OURS: tuple[str, ...] = ("probsae", "probsae_eager", "bare")
 PACKAGES = ("sae-lens", "dictionary-learning", "eai-sparsify", "overcomplete")
 BARS = {"saelens": 1.5, "dictionary_learning": 1.0, "sparsify": 1.0, "overcomplete": 1.0}
 # Products of the batch with the dictionary in a step, see benchmarks/fit_overhead.py.

@@ -40,6 +40,7 @@ RIVAL_STEPS = (1_000, 2_000, 4_000)
 OURS_STEPS = (500, 750, 1_000, 1_500, 2_000)
 POLISH_TOKENS, POLISHED_STEPS = 100_000, (500, 750, 1_000)
 MMCS_BAR, F1_BAR = 0.999, 0.93
+IS_COMPILED = True
 
 
 class Clock(Callback):
@@ -94,7 +95,7 @@ class Trial:
             ps.fit(
                 model, clock.batches(), n_steps=self.n_steps, batch_size=BATCH_SIZE,
                 learning_rate=self.learning_rate, seed=self.seed, callbacks=[clock],
-                compile=True, progress=False,
+                compile=IS_COMPILED, progress=False,
             )  # fmt: skip
         seconds = clock.seconds
         if self.n_polish:

@@ -1,0 +1,39 @@
+"""The experiment runs, keeps what it has, and says who was first."""
+
+import pytest
+import torch
+
+from experiments.time_to_quality import run
+
+
+@pytest.mark.slow
+def test_a_short_one(tmp_path, monkeypatch):
+    for name, value in {
+        "RESULTS": tmp_path, "D_SAE": 64, "N_TUNING_STEPS": 6, "RIVAL_STEPS": (6,),
+        "OURS_STEPS": (8,), "POLISHED_STEPS": (8,), "POLISH_TOKENS": 2_048, "SEEDS": (0,),
+        "MMCS_BAR": 0.0, "F1_BAR": 0.0, "IS_COMPILED": False,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(run, name, value)
+    threads = torch.get_num_threads()
+    for trial in run.tuning_trials()[::8]:  # one of each rival
+        trial.run()
+    assert set(run.tuned()) == set(run.RIVALS)
+    trials = run.comparison_trials()
+    assert [(t.model, t.n_polish > 0) for t in trials] == [
+        ("TopKSAE", False),
+        ("BatchTopKSAE", False),
+        ("SpikeSlabDictionary", False),
+        ("SpikeSlabDictionary", True),
+    ]
+    for trial in trials:
+        trial.run()
+    plain, polished = (trial.result() for trial in trials[2:])
+    assert plain is not None
+    assert polished is not None
+    assert 0 < plain["seconds"] < polished["seconds"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    table = run.table()
+    assert table.count("\n") == 1 + len(trials) + 1
+    assert "first at" in table
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    torch.set_num_threads(threads)
