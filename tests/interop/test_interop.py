@@ -136,6 +136,7 @@ def known():
     return model, data
 
 
+@pytest.mark.slow
 def test_a_posterior_goes_as_its_nearest_point_and_comes_back_whole(tmp_path, known):
     model, data = known
     x, _ = data.sample(8_000, seed=1)
@@ -160,6 +161,7 @@ def test_a_posterior_goes_as_its_nearest_point_and_comes_back_whole(tmp_path, kn
     assert json.loads((tmp_path / "dl/config.json").read_text())["trainer"]["layer"] == 3
 
 
+@pytest.mark.slow
 def test_a_point_keeps_directions_switches_off_the_unused_and_can_be_fitted_on(known):
     model, data = known
     x, _ = data.sample(4_000, seed=1)
