@@ -15,7 +15,7 @@ from probsae.models.base import CodePosterior, as_event
 from probsae.models.sae.base import KeepingSAE, KeptCodes
 from probsae.models.sae.kept import Support
 
-# Tokens of a batch that show how sparse its codes are.
+# Tokens of a batch that show how sparse its codes are: so many, or a sixteenth of it.
 _N_PROBED = 64
 
 
@@ -62,7 +62,8 @@ class ReLUSAE(KeepingSAE):
 
     @torch.no_grad()
     def expected_l0(self, x: Float[Tensor, "token d_in"]) -> float:
-        pre_activation = self.pre_activation(x[:_N_PROBED])
+        n_tokens = min(_N_PROBED, -(-len(x) // 16))
+        pre_activation = self.pre_activation(x[:n_tokens])
         return float((pre_activation > 0).sum()) / len(pre_activation)
 
     def kept_cost(self, codes: KeptCodes) -> Float[Tensor, " token"]:
