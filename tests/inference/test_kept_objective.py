@@ -163,6 +163,6 @@ def test_both_paths_learn_the_same(monkeypatch):
         return paths[-1]
 
     sparse, dense = fitted(False), fitted(True)
-    assert not paths[0]
-    assert paths[-1]
+    assert not any(paths[:3])
+    assert sum(paths[-20:]) >= 5
     torch.testing.assert_close(sparse, dense, atol=1e-3, rtol=0)
