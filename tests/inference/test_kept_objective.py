@@ -87,8 +87,8 @@ def test_products_have_their_gradients():
         torch.testing.assert_close(support.pick(dense), values)
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL's sparse products")
-def test_a_fit_takes_the_kept_codes_where_they_are_few():
+def test_a_fit_takes_the_kept_codes_where_they_are_few(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     few, many = ps.TopKSAE(d_in=12, d_sae=32, k=4), ps.TopKSAE(d_in=12, d_sae=32, k=5)
     assert keeps_few(few, X)
     assert not keeps_few(many, X)
@@ -101,6 +101,10 @@ def test_a_fit_takes_the_kept_codes_where_they_are_few():
     few.product_dtype = torch.bfloat16
     assert not keeps_few(few, X)
     assert not keeps_few(ps.SpikeSlabDictionary(d_in=12, d_sae=32), X)
+    few.product_dtype = None
+    assert keeps_few(few, X)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not keeps_few(few, X)  # torch's sparse products on a CPU are MKL's
 
 
 @pytest.mark.parametrize("cls", [ps.ReLUSAE, ps.TopKSAE, ps.BatchTopKSAE])

@@ -83,9 +83,13 @@ def test_it_is_the_exact_posterior_where_features_do_not_overlap(name):
     torch.testing.assert_close(refined.variance, exact.variance.float(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("d_in", "n_tokens", "n_sweeps", "bound"), [(6, 20, 10, 0.3), (16, 40, 3, 0.1)]
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_it_nears_the_gold_posterior(name):
-    model, x = problem(name, d_in=16, d_sae=8)
+def test_it_nears_the_gold_posterior(name, d_in, n_tokens, n_sweeps, bound):
+    """With room for the features within .1 nats of the evidence; the price of crowding is more."""
+    model, x = problem(name, d_in=d_in, d_sae=8, n_tokens=n_tokens)
     exact = ps.inference.enumerate_supports(model, x, n_points=64)
 
     def distances(posterior: CodePosterior) -> tuple[float, ...]:
@@ -94,12 +98,14 @@ def test_it_nears_the_gold_posterior(name):
         errors = (posterior.p_active - exact.p_active, posterior.mean - exact.mean)
         return float(gap.mean()), *(float(error.abs().mean()) for error in errors)
 
-    encoder, refined = distances(model.encode(x)), distances(ps.refine(model, x))
+    posterior = ps.refine(model, x, n_sweeps=n_sweeps)
+    encoder, refined = distances(model.encode(x)), distances(posterior)
     assert all(after < before for before, after in zip(encoder, refined, strict=True))
-    assert refined[0] < 0.1
-    assert refined[1] < 0.01
-    variance = ps.refine(model, x).variance
-    torch.testing.assert_close(variance.mean(), exact.variance.float().mean(), rtol=0.1, atol=0)
+    assert refined[0] < bound
+    if d_in == 16:
+        assert refined[1] < 0.01
+        mean_variance = exact.variance.float().mean()
+        torch.testing.assert_close(posterior.variance.mean(), mean_variance, rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("name", ["truncated", "normal"])
