@@ -12,50 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from experiments.language_models import contexts_of, train_
+from experiments.language_models import train_
 from probsae.activations.language_model import LanguageModel, load_language_model
 from probsae.models.files import atomic_write
 
 HOOK = "gpt_neox.layers.0.mlp.dense_4h_to_h:input"
 """The MLP's hidden layer, behind its ReLU."""
-
-# Characters read at once when a text is split.
-_PIECE = 1 << 20
-
-
-def split_text(files: Sequence[Path], out: Path, held_out: float) -> tuple[list[Path], list[Path]]:
-    """Write the beginning and the end of each text as files of their own: (train, held out).
-
-    Raises
-    ------
-    ValueError
-        If two texts have one name.
-    """
-    names = [file.name for file in files]
-    if len(set(names)) < len(names):
-        raise ValueError(f"text files need different names, got {', '.join(sorted(names))}")
-    if not out.exists():
-        with atomic_write(out) as folder:
-            for file in files:
-                _split(file, folder, held_out)
-    return [out / "train" / name for name in names], [out / "held_out" / name for name in names]
-
-
-def _split(file: Path, folder: Path, held_out: float) -> None:
-    left = round(file.stat().st_size * (1 - held_out))
-    for part in ("train", "held_out"):
-        (folder / part).mkdir(exist_ok=True)
-    with (
-        file.open(encoding="utf-8", errors="replace") as text,
-        (folder / "train" / file.name).open("w", encoding="utf-8") as train,
-        (folder / "held_out" / file.name).open("w", encoding="utf-8") as rest,
-    ):
-        # A character has four bytes at most: so many never go far beyond the cut.
-        while left > 0 and (piece := text.read(max(1, min(_PIECE, left // 4)))):
-            left -= len(piece.encode())
-            train.write(piece)
-        while piece := text.read(_PIECE):
-            rest.write(piece)
 
 
 def tokenizer(files: Sequence[Path], out: Path, n_tokens: int) -> PreTrainedTokenizerFast:
@@ -72,25 +34,6 @@ def tokenizer(files: Sequence[Path], out: Path, n_tokens: int) -> PreTrainedToke
         with atomic_write(out) as folder:
             PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(out)
-
-
-def contexts(files: Sequence[Path], tokenize: PreTrainedTokenizerFast, length: int) -> Tensor:
-    """Return the texts' token ids, (context, position); a context never crosses texts.
-
-    Raises
-    ------
-    ValueError
-        If no text has a whole context.
-    """
-    texts = [file.read_text(encoding="utf-8") for file in files]
-    ids = tokenize(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    whole = torch.cat([contexts_of(own, length) for own in ids])
-    if len(whole) == 0:
-        raise ValueError(
-            f"the text must have at least one context of {length} tokens, got at most "
-            f"{max(map(len, ids))}; pass longer text, or a shorter context_length"
-        )
-    return whole
 
 
 def transformer(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from experiments.calibration.measure import finite
 from experiments.one_layer_transformer import plots
+from experiments.one_layer_transformer.automata import automata
 from experiments.one_layer_transformer.compare import (
     direction_posterior,
     neurons_across,
@@ -33,15 +34,16 @@ from experiments.one_layer_transformer.compare import (
     universality,
 )
 from experiments.one_layer_transformer.fits import Plan, again, fitted, of_other, plans
+from experiments.one_layer_transformer.language import Neurons, hypotheses
 from experiments.one_layer_transformer.measure import measure
-from experiments.one_layer_transformer.model import (
-    HOOK,
-    contexts,
-    split_text,
-    tokenizer,
-    transformer,
-)
+from experiments.one_layer_transformer.model import HOOK, tokenizer, transformer
 from experiments.one_layer_transformer.tables import markdown
+from experiments.one_layer_transformer.texts import (
+    contexts_by_kind,
+    python_code,
+    split_text,
+    together,
+)
 from probsae.activations import ActivationStore
 from probsae.activations.harvest import harvest
 from probsae.activations.language_model import LanguageModel
@@ -61,6 +63,8 @@ class Settings:
         Text files; the last tenth of each is held out.
     out : Path
         Texts, transformers, stores, dictionaries, results.json and plots.
+    n_code_bytes : int
+        Of Python's standard library, as one more text; 0 for none.
     n_vocabulary, context_length : int
         Byte-level BPE tokens; tokens of a context.
     model_steps, model_batch_size, model_learning_rate
@@ -83,6 +87,7 @@ class Settings:
 
     text: tuple[Path, ...]
     out: Path = Path("runs/one_layer_transformer")
+    n_code_bytes: int = 600_000
     n_vocabulary: int = 1_024
     context_length: int = 64
     model_steps: int = 1_500
@@ -109,10 +114,14 @@ class Run:
         settings.out.mkdir(parents=True, exist_ok=True)
         self.file = settings.out / "results.json"
         self.rows: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        train, held_out = split_text(settings.text, settings.out / "text", HELD_OUT)
+        files = list(settings.text)
+        if settings.n_code_bytes:
+            files.append(python_code(settings.out / "python_code.txt", settings.n_code_bytes))
+        train, held_out = split_text(files, settings.out / "text", HELD_OUT)
         self.train_files = train
         self.tokenizer = tokenizer(train, settings.out / "tokenizer", settings.n_vocabulary)
-        self.held_out = contexts(held_out, self.tokenizer, settings.context_length)
+        self.train = contexts_by_kind(train, self.tokenizer, settings.context_length)
+        self.held_out = contexts_by_kind(held_out, self.tokenizer, settings.context_length)
 
     def row(self, name: str, make: Callable[[], dict[str, Any]]) -> None:
         """Make and keep a row that is not there yet; its draws do not depend on other rows'."""
@@ -127,17 +136,25 @@ class Run:
         os.replace(new, self.file)
 
     @cached_property
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """Held-out contexts that are measured on, of all texts in their order, and their kinds."""
+        contexts, kinds = together(self.held_out)
+        n = min(self.settings.n_held_out, len(contexts))
+        chosen = torch.linspace(0, len(contexts) - 1, n).long()
+        return contexts[chosen], kinds[chosen]
+
+    @property
     def token_ids(self) -> Tensor:
-        """Held-out contexts that are measured on, of all texts in their order."""
-        n = min(self.settings.n_held_out, len(self.held_out))
-        return self.held_out[torch.linspace(0, len(self.held_out) - 1, n).long()]
+        """The contexts of `measured`."""
+        return self.measured[0]
 
     @cached_property
     def networks(self) -> list[LanguageModel]:
         """The two transformers."""
         of, out = self.settings, self.settings.out
-        train = contexts(self.train_files, self.tokenizer, of.context_length)
-        self.row("text", lambda: text_facts(train, self.held_out, len(self.tokenizer)))
+        train = together(self.train)[0]
+        held_out = together(self.held_out)[0]
+        self.row("text", lambda: text_facts(train, held_out, len(self.tokenizer)))
         return [
             transformer(
                 train, self.tokenizer, out / f"transformer-{seed}", n_steps=of.model_steps,
@@ -207,6 +224,7 @@ def measure_all(run: Run) -> None:
         )
     for family in of.families:
         compare(run, family)
+    read_language(run)
 
 
 def compare(run: Run, family: str) -> None:
@@ -229,6 +247,25 @@ def compare(run: Run, family: str) -> None:
             run.networks, run.token_ids, run.posterior(plan),
         ),
     )  # fmt: skip
+
+
+def read_language(run: Run) -> None:
+    """Fill the rows of kinds of text and of automata, for the first transformer's dictionaries."""
+    of, network = run.settings, run.networks[0]
+    neurons = Neurons(run.store(0).d_in)
+    run.row("language neurons", lambda: hypotheses(neurons, network, run.train, run.measured))
+    for plan in itertools.starmap(Plan, itertools.product(of.families, of.widths)):
+        run.row(
+            f"language {plan.family} {plan.d_sae}",
+            lambda plan=plan: hypotheses(run.dictionary(plan), network, run.train, run.measured),
+        )
+    background = together(run.train)[0]
+    for family in of.families:
+        plan = Plan(family, of.compared_width)
+        run.row(
+            f"automata {plan.family} {plan.d_sae}",
+            lambda plan=plan: automata(run.dictionary(plan), network, background, run.token_ids),
+        )
 
 
 def posteriors(

@@ -11,7 +11,8 @@ Rows = dict[str, Any]
 def markdown(rows: Rows) -> str:
     """Return all tables that the rows have the figures for."""
     parts = [transformers(rows), dictionaries(rows), neurons(rows), splitting(rows)]
-    return "\n\n".join([*parts, posteriors(rows), universality(rows), doubts(rows)]) + "\n"
+    parts += [posteriors(rows), universality(rows), doubts(rows), languages(rows), kinds(rows)]
+    return "\n\n".join([*parts, automata(rows), strongest_loops(rows)]) + "\n"
 
 
 def transformers(rows: Rows) -> str:
@@ -114,6 +115,61 @@ def doubts(rows: Rows) -> str:
     return _table(header, lines)
 
 
+_LANGUAGE = (
+    "correlation", "sensitivity", "precision", "share", "precision on its text", "effects",
+    "ablated, there", "ablated, elsewhere", "evidence, free", "evidence, pinned",
+)  # fmt: skip
+
+
+def languages(rows: Rows) -> str:
+    """Return each dictionary's best features for the kinds of text, means over the kinds."""
+    lines = []
+    for name, row in _starting(rows, "language "):
+        means = [sum(kind[key] for kind in row.values()) / len(row) for key in _LANGUAGE]
+        lines.append([name, *map(_signed, means)])
+    return _table(["best feature for a kind, mean over kinds", *_LANGUAGE], lines)
+
+
+def kinds(rows: Rows) -> str:
+    """Return the same kind by kind."""
+    lines = [
+        [name, kind, str(values["feature"]), *(_signed(values[key]) for key in _LANGUAGE)]
+        for name, row in _starting(rows, "language ")
+        for kind, values in row.items()
+    ]
+    return _table(["dictionary", "kind", "feature", *_LANGUAGE], lines)
+
+
+def automata(rows: Rows) -> str:
+    """Return how far the weights foretell which features follow which."""
+    header = [
+        "dictionary", "features", "rank correlation, itself", "others", "calls itself: foretold",
+        "observed", "both", "both by chance", "pairs foretold", "observed", "both",
+    ]  # fmt: skip
+    lines = []
+    for name, row in _starting(rows, "automata "):
+        ranks = (row["spearman, itself"], row["spearman, others"])
+        by_chance = f"{row['loops of one, by chance']:.1f}"
+        lines.append([
+            name, str(row["features"]), *map(_number, ranks), *map(str, row["loops of one"]),
+            by_chance, *map(str, row["loops of two"]),
+        ])  # fmt: skip
+    return _table(header, lines)
+
+
+def strongest_loops(rows: Rows) -> str:
+    """Return the features that call themselves most, by the weights and in text."""
+    lines = [
+        [
+            name, str(loop["feature"]), _number(loop["foretold"]), _number(loop["observed"]),
+            " ".join(f"`{token!r}`" for token in loop["raises"]),
+        ]
+        for name, row in _starting(rows, "automata ")
+        for loop in row["strongest"]
+    ]  # fmt: skip
+    return _table(["dictionary", "feature", "foretold", "observed", "tokens it raises"], lines)
+
+
 LAW = ["features", "median [quartiles]", "by chance", "above .5", "by chance", "above .9"]
 
 
@@ -130,6 +186,10 @@ def _law(law: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _range(values: list[int]) -> str:

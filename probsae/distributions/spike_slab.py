@@ -113,8 +113,7 @@ class RectifiedNormal(SpikeSlab):
         self.loc, self.scale = broadcast_all(loc, scale)
         slab = TruncatedNormal(self.loc, self.scale, validate_args=False)
         # logit Phi(a) = log Phi(a) - log Phi(-a), exact in both tails.
-        ratio = slab.ratio.clamp(max=-LOWEST_RATIO)
-        logits = log_ndtr(ratio) - log_ndtr(-ratio)
+        logits = slab.log_mass - log_ndtr(-slab.ratio.clamp(max=-LOWEST_RATIO))
         super().__init__(logits, slab, validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None):

@@ -20,6 +20,8 @@ from probsae.models.sae.base import KeepingSAE
 
 # Products x tokens from which compiling (20-40 s on two cores) is repaid on a CPU.
 _COMPILE_FROM = 4e11
+# What compiling saves of a variational code's special functions, in products of a ReLU SAE.
+_VARIATIONAL_CODE = 1_000
 # Codes, 4 MB, at a time on a CPU: arrays of a whole batch leave its cache between two passes.
 _PIECE = 2**20
 # Below this the matrix products lose more than the cache gains.
@@ -73,7 +75,11 @@ def kept_step(model: SparseDictionary, x: Tensor, kl_weight: Tensor, n_tokens: i
 def pays_to_compile(models: Sequence[SparseDictionary], batch_size: int, n_steps: int) -> bool:
     """Whether fits of these models, at the same time, are long enough to compile their step."""
     on_gpu = models[0].b_dec.is_cuda and n_steps * batch_size > 500_000
-    products = n_steps * batch_size * sum(model.d_in * model.d_sae for model in models)
+    per_token = sum(
+        model.d_sae * (model.d_in + (0 if model.is_deterministic else _VARIATIONAL_CODE))
+        for model in models
+    )
+    products = n_steps * batch_size * per_token
     has_compiler = bool(shutil.which("g++") or shutil.which("clang++"))
     return on_gpu or (products > _COMPILE_FROM and has_compiler)
 

@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 from probsae.activations.resources import check_memory
 from probsae.activations.scaling import limit_norms
 from probsae.activations.source import check_activations
-from probsae.distributions import SpikeSlab
+from probsae.distributions import SpikeSlab, TruncatedNormal
 
 
 @final
@@ -77,7 +77,8 @@ class CodePosterior:
         if isinstance(q, dist.Delta):
             return (q.v != 0).to(q.v.dtype)
         threshold = torch.as_tensor(self.activity_threshold, device=q.mean.device)
-        return 1 - q.cdf(threshold) + q.cdf(-threshold)
+        above = 1 - q.cdf(threshold)
+        return above if isinstance(q, TruncatedNormal) else above + q.cdf(-threshold)
 
     @property
     def is_active(self) -> Bool[Tensor, "token d_sae"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from experiments import language_models
 from experiments.language_models import contexts_of, train_
 from experiments.one_layer_transformer.fits import Plan, again, of_other, plans
 from experiments.one_layer_transformer.measure import N_BINS, random_directions, summary
-from experiments.one_layer_transformer.model import HOOK, split_text
+from experiments.one_layer_transformer.model import HOOK
 from experiments.one_layer_transformer.run import Settings, main
+from experiments.one_layer_transformer.texts import python_code, split_text
 from probsae.activations.language_model import load_language_model
 from probsae.lm import logit_effects
 from probsae.metrics import Correspondence
@@ -33,6 +35,17 @@ def test_texts_are_split_at_whole_characters(tmp_path):
     assert [f.read_text(encoding="utf-8") for f in held_out] == ["89", "ä" * 2]
     with pytest.raises(ValueError, match="different names"):
         split_text([first, first], tmp_path / "other", 0.2)
+
+
+def test_python_code_is_so_long_and_stays(tmp_path):
+    file = python_code(tmp_path / "code.txt", 10_000)
+    text = file.read_text(encoding="utf-8")
+    assert 9_990 < len(text.encode()) <= 10_000
+    assert "import " in text
+    assert python_code(file, 5) == file
+    assert file.read_text(encoding="utf-8") == text
+    with pytest.raises(ValueError, match="at most"):
+        python_code(tmp_path / "more.txt", 10**12)
 
 
 def tiny_network() -> GPTNeoXForCausalLM:
@@ -110,9 +123,10 @@ def test_summary_by_hand():
 @pytest.mark.slow
 def test_small_experiment_end_to_end_and_again(tmp_path, corpus, capsys):
     settings = Settings(
-        text=tuple(corpus), out=tmp_path, n_vocabulary=300, context_length=16, model_steps=75,
-        model_batch_size=16, n_tokens=3_000, families=("SpikeSlab", "TopK"), widths=(24, 48),
-        compared_width=48, l0=6, n_steps=12, batch_size=256, n_held_out=150, n_draws=3,
+        text=tuple(corpus), out=tmp_path, n_code_bytes=20_000, n_vocabulary=300, context_length=16,
+        model_steps=75, model_batch_size=16, n_tokens=3_000, families=("SpikeSlab", "TopK"),
+        widths=(24, 48), compared_width=48, l0=6, n_steps=12, batch_size=256, n_held_out=150,
+        n_draws=3,
     )  # fmt: skip
     main(settings)
     tables = capsys.readouterr().out
@@ -139,6 +153,16 @@ def test_small_experiment_end_to_end_and_again(tmp_path, corpus, capsys):
         assert ("posterior" in split) == (family == "SpikeSlab")
         assert ("doubt by direction variance" in found) == (family == "SpikeSlab")
     assert len(rows["splitting SpikeSlab 24 48"]["posterior"]["split"]) == 3
+    kinds = [*(file.stem for file in corpus), "python_code"]
+    for name in ("neurons", *map(" ".join, product(settings.families, ("24", "48")))):
+        language = rows[f"language {name}"]
+        assert list(language) == kinds
+        assert sum(kind["share of its text"] for kind in language.values()) == pytest.approx(1)
+        assert all(-1 <= kind["correlation"] <= 1 for kind in language.values())
+    for family in settings.families:
+        found = rows[f"automata {family} 48"]
+        foretold, observed, both = found["loops of one"]
+        assert both <= min(foretold, observed) <= found["features"] <= 48
     assert "nan" not in tables
     for name in ("loss", "density", "correlations"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000

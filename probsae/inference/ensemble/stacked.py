@@ -137,9 +137,6 @@ def _run_together(
 ) -> None:
     """Fit members on one stream of batches."""
     models = [member.state.model for part in parts for member in part.members]
-    is_compiled = setup.compile
-    if is_compiled is None:
-        is_compiled = pays_to_compile(models, setup.batch_size, setup.n_steps)
     room -= sum(part.footprint.resident * len(part.members) for part in parts)
     groups: list[Group] = []
     cuda = [setup.device] if setup.device.type == "cuda" else []
@@ -150,6 +147,10 @@ def _run_together(
             model.train()
         for part in parts:
             n_members = _members_at_a_time(part, room)
+            is_compiled = setup.compile
+            if is_compiled is None:
+                own = [member.state.model for member in part.members]
+                is_compiled = pays_to_compile(own, setup.batch_size, setup.n_steps)
             new = Group(part.members, setup.n_steps, part.n_tokens, n_members, is_compiled)
             stack.callback(new.release)
             groups.append(new)
