@@ -3,9 +3,10 @@
 from importlib.metadata import version
 
 from probsae import baselines, inference, interop, metrics, models
+from probsae.comparison import Report
 from probsae.dictionary_posteriors import dictionaries_to_arviz
 from probsae.estimator import DictionaryEstimator
-from probsae.evaluate import Report, evaluate
+from probsae.evaluate import evaluate
 from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.ensemble import fit_ensemble
 from probsae.inference.fit import FitResult, fit

@@ -20,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from probsae.activations.source import ActivationData, check_activations, take
-from probsae.models.base import CodePosterior, PointPosterior
+from probsae.models.code_posterior import CodePosterior, PointPosterior
 
 
 class Baseline(ABC):

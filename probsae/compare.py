@@ -10,7 +10,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from probsae import baselines, models
 from probsae.baselines import Baseline
-from probsae.evaluate import Dictionary, Report, evaluate
+from probsae.comparison import Report
+from probsae.dictionary import Dictionary
+from probsae.evaluate import evaluate
 from probsae.inference.fit import fit
 from probsae.models.base import SparseDictionary
 from probsae.synthetic import SyntheticActivations

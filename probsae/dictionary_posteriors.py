@@ -20,7 +20,8 @@ from probsae.inference.elbo import require_linear_decoder
 from probsae.inference.refine import refine
 from probsae.metrics.stability import align
 from probsae.metrics.streams import own_stream
-from probsae.models.base import CodePosterior, SparseDictionary, as_event
+from probsae.models.base import SparseDictionary, as_event
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import SpikeSlabPrior
 from probsae.posterior import assemble
 

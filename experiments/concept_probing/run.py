@@ -33,7 +33,7 @@ from experiments.concept_probing.tables import Row, markdown
 from experiments.smollm2.model import smollm2_path
 from probsae.activations import ActivationStore, take
 from probsae.activations.language_model import LanguageModel, load_language_model
-from probsae.evaluate import Dictionary
+from probsae.dictionary import Dictionary
 from probsae.inference import TargetL0
 from probsae.metrics import probing
 from probsae.models.base import SparseDictionary

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.one_layer_transformer.model import HOOK
 from probsae.activations.language_model import LanguageModel
-from probsae.evaluate import Dictionary
+from probsae.dictionary import Dictionary
 from probsae.lm import (
     HypothesisScores,
     ablate,
@@ -23,7 +23,7 @@ from probsae.lm import (
     read_tokens,
     score_hypothesis,
 )
-from probsae.models.base import CodePosterior, PointPosterior
+from probsae.models.code_posterior import CodePosterior, PointPosterior
 
 WINDOW = 8
 """Tokens behind the evidence for a kind: one alone often belongs to several languages."""

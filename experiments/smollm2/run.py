@@ -30,7 +30,7 @@ from experiments.smollm2.model import smollm2_path
 from probsae.activations import ActivationStore
 from probsae.activations.harvest import harvest
 from probsae.activations.language_model import LanguageModel, load_language_model
-from probsae.evaluate import Dictionary
+from probsae.dictionary import Dictionary
 from probsae.inference import TargetL0
 from probsae.lm import splice
 

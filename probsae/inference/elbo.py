@@ -23,7 +23,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from probsae.models.base import CodePosterior, SparseDictionary, as_event
+from probsae.models.base import SparseDictionary, as_event
+from probsae.models.code_posterior import CodePosterior
 
 
 class ElboTerms(NamedTuple):

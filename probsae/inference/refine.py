@@ -14,7 +14,8 @@ from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab, TiltedSpikeSlab
 from probsae.distributions.tilted import tilted_logits
 from probsae.inference.elbo import require_linear_decoder
-from probsae.models.base import CodePosterior, SparseDictionary
+from probsae.models.base import SparseDictionary
+from probsae.models.code_posterior import CodePosterior
 
 # Numbers that one array of a chunk of tokens may hold: 64 MiB in float32.
 _MAX_NUMBERS = 2**24

@@ -13,7 +13,8 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.dictionary_statistics import DictionaryStatistics, Rows
 from probsae.inference.elbo import elbo_terms, require_linear_decoder
 from probsae.inference.refine import code_law, refine
-from probsae.models.base import CodePosterior, SparseDictionary
+from probsae.models.base import SparseDictionary
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import SpikeSlabPrior
 
 # How often a pass that lowers the held-out ELBO is halved before it is given up.

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsae.evaluate import Dictionary
+from probsae.dictionary import Dictionary
 
 
 @torch.no_grad()

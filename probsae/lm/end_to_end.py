@@ -12,7 +12,8 @@ from torch import Tensor
 from probsae.activations.hooks import find_hook, recorded
 from probsae.inference.elbo import ElboTerms, Objective, elbo_terms
 from probsae.lm.contexts import ContextActivations, logits_with, tokens_of
-from probsae.models.base import CodePosterior, SparseDictionary
+from probsae.models.base import SparseDictionary
+from probsae.models.code_posterior import CodePosterior
 
 
 class EndToEnd:

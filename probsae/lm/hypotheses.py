@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probsae.activations.source import check_activations
-from probsae.evaluate import Dictionary
+from probsae.dictionary import Dictionary
 
 
 def log_likelihood_ratio(

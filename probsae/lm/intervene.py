@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probsae.activations.hooks import edited, find_hook
 from probsae.activations.language_model import LanguageModel
-from probsae.evaluate import Dictionary
+from probsae.dictionary import Dictionary
 from probsae.lm.contexts import read_contexts, tokens_of, with_tokens
 
 Features: TypeAlias = int | Sequence[int]

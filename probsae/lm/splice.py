@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from probsae.activations.hooks import HookPoint, edited, find_hook, recorded
 from probsae.activations.language_model import LanguageModel
-from probsae.evaluate import Dictionary
+from probsae.dictionary import Dictionary
 from probsae.lm.contexts import check_contexts, read_contexts, tokens_of, with_tokens
 from probsae.lm.splice_result import SpliceResult
 

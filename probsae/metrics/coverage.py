@@ -15,7 +15,7 @@ from torch import Tensor
 
 from probsae.distributions import SpikeSlab
 from probsae.metrics.streams import new_generator
-from probsae.models.base import CodePosterior
+from probsae.models.code_posterior import CodePosterior
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 """Nominal levels that `code_coverage` asks for."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from probsae.arviz_face import psis
 from probsae.metrics.streams import own_stream, with_posterior
-from probsae.models.base import CodePosterior, SparseDictionary, as_event
+from probsae.models.base import SparseDictionary, as_event
+from probsae.models.code_posterior import CodePosterior
 
 K_HAT_LIMIT = 0.7
 """Pareto k above which importance weights cannot be trusted (Vehtari et al., 2024)."""

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probsae.metrics.streams import new_generator, own_stream
-from probsae.models.base import CodePosterior, SparseDictionary
+from probsae.models.base import SparseDictionary
+from probsae.models.code_posterior import CodePosterior
 
 Functional = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from probsae.activations.source import check_activations
-from probsae.models.base import CodePosterior, SparseDictionary
+from probsae.models.base import SparseDictionary
+from probsae.models.code_posterior import CodePosterior
 
 
 def new_generator(name: str, seed: int, device: torch.device) -> torch.Generator:

@@ -1,6 +1,7 @@
 """The dictionaries: probabilistic ones here, deterministic ones in `probsae.models.sae`."""
 
-from probsae.models.base import CodePosterior, PointPosterior, SparseDictionary
+from probsae.models.base import SparseDictionary
+from probsae.models.code_posterior import CodePosterior, PointPosterior
 from probsae.models.files import load, save
 from probsae.models.laplace import LaplaceDictionary
 from probsae.models.rectified_gaussian import RectifiedGaussianDictionary

@@ -1,4 +1,4 @@
-"""What every dictionary shares: parameters, Pyro programs, and the posterior object."""
+"""What every dictionary shares: parameters, hooks, and the Pyro programs made of them."""
 
 from __future__ import annotations
 
@@ -12,108 +12,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from probsae.activations.geometric_median import geometric_median
 from probsae.activations.resources import check_memory
 from probsae.activations.scaling import limit_norms
 from probsae.activations.source import check_activations
-from probsae.distributions import SpikeSlab, TruncatedNormal
-
-
-@final
-class CodePosterior:
-    """q(z | x): what the model believes about the codes of each token.
-
-    Parameters
-    ----------
-    distribution : torch Distribution of batch shape (token, d_sae)
-        Factorised law of the codes, in the units of the activations.
-    activity_threshold : float, default 0
-        Only used by laws without mass at zero (Laplace): there a code counts as active when it
-        exceeds this size, by default of the models the noise scale.
-    pre_activation : Tensor of shape (token, d_sae), optional
-        What the encoder computed before its non-linearity, for losses that need it.
-    log_evidence : Tensor of shape (token,), optional
-        log p(x), nats, where it is known (`probsae.inference.exact`).
-
-    Notes
-    -----
-    A deterministic SAE's posterior is a point: `p_active` is 0 or 1, `variance` is 0.
-    """
-
-    def __init__(
-        self,
-        distribution: Distribution,
-        activity_threshold: float | Tensor = 0.0,
-        pre_activation: Tensor | None = None,
-        log_evidence: Tensor | None = None,
-    ):
-        self.distribution = distribution
-        self.activity_threshold = activity_threshold
-        self.pre_activation = pre_activation
-        self.log_evidence = log_evidence
-
-    @property
-    def mean(self) -> Float[Tensor, "token d_sae"]:
-        """E z, the codes to reconstruct with; units of the activations."""
-        q = self.distribution
-        return q.v if isinstance(q, dist.Delta) else q.mean
-
-    @property
-    def variance(self) -> Float[Tensor, "token d_sae"]:
-        """Var z, units of the activations squared."""
-        q = self.distribution
-        return torch.zeros_like(q.v) if isinstance(q, dist.Delta) else q.variance
-
-    @property
-    def p_active(self) -> Float[Tensor, "token d_sae"]:
-        """q(z != 0); for a law without an atom, q(|z| > activity_threshold)."""
-        q = self.distribution
-        if isinstance(q, SpikeSlab):
-            return q.p_active
-        if isinstance(q, dist.Delta):
-            return (q.v != 0).to(q.v.dtype)
-        threshold = torch.as_tensor(self.activity_threshold, device=q.mean.device)
-        above = 1 - q.cdf(threshold)
-        return above if isinstance(q, TruncatedNormal) else above + q.cdf(-threshold)
-
-    @property
-    def is_active(self) -> Bool[Tensor, "token d_sae"]:
-        """p_active > .5: the most probable support."""
-        return self.p_active > 0.5
-
-    def interval(
-        self, level: float = 0.9
-    ) -> tuple[Float[Tensor, "token d_sae"], Float[Tensor, "token d_sae"]]:
-        """Equal-tailed credible interval (lower, upper) that holds `level` of the posterior.
-
-        Raises
-        ------
-        ValueError
-            If `level` is not strictly between 0 and 1.
-        """
-        if not 0 < level < 1:
-            raise ValueError(f"level must be strictly between 0 and 1, got {level}")
-        q = self.distribution
-        if isinstance(q, dist.Delta):
-            return q.v, q.v
-        tail = (1 - level) / 2
-        lower, upper = (q.icdf(torch.full_like(q.mean, u)) for u in (tail, 1 - tail))
-        return lower, upper
-
-    def sample(self, n_draws: int = 1) -> Float[Tensor, "draw token d_sae"]:
-        """Independent draws of the codes."""
-        if n_draws < 1:
-            raise ValueError(f"n_draws must be at least 1, got {n_draws}")
-        return self.distribution.sample((n_draws,))
-
-
-def PointPosterior(z: Float[Tensor, "token d_sae"]) -> CodePosterior:
-    """Posterior of a method without uncertainty: all mass on the codes `z`."""
-    return CodePosterior(dist.Delta(z, validate_args=False))
+from probsae.models.code_posterior import CodePosterior
 
 
 class SparseDictionary(nn.Module, ABC):
@@ -455,19 +363,3 @@ class SparseDictionary(nn.Module, ABC):
 def as_event(distribution: Distribution) -> Distribution:
     """Declare the last axis, the features, as one event."""
     return dist.Independent(distribution, 1)
-
-
-def geometric_median(x: Tensor, n_iterations: int = 50, tolerance: float = 1e-5) -> Tensor:
-    """Point with the least summed distance to the rows of `x`, by Weiszfeld's iteration.
-
-    Source: Weiszfeld (1937); as the initial decoder bias, Bricken et al. (2023).
-    """
-    median = x.mean(dim=0)
-    for _ in range(n_iterations):
-        distance = (x - median).norm(dim=1, keepdim=True).clamp(min=1e-12)
-        updated = (x / distance).sum(dim=0) / (1 / distance).sum()
-        step = (updated - median).norm()
-        median = updated
-        if step <= tolerance * (1 + median.norm()):
-            break
-    return median

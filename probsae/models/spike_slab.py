@@ -14,7 +14,8 @@ from torch.distributions import Distribution
 
 from probsae.distributions import TiltedSpikeSlab
 from probsae.distributions.tilted import expand_row, rough_tilted_mean
-from probsae.models.base import CodePosterior, SparseDictionary, as_event
+from probsae.models.base import SparseDictionary, as_event
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import (
     TYPICAL_L0,
     Slab,

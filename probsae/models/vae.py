@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import RectifiedNormal
-from probsae.models.base import CodePosterior, SparseDictionary, as_event
+from probsae.models.base import SparseDictionary, as_event
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import GENTLE_SCHEDULE, SpikeSlabPrior, typical_code_size
 
 Prior = Literal["spike_slab", "laplace"]

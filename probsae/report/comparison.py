@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from probsae.evaluate import Report
+from probsae.comparison import Report
 
 Better = Literal["lower", "higher", ""]
 
@@ -68,7 +68,7 @@ def comparison_table(report: Report) -> ComparisonTable:
 
     Examples
     --------
-    >>> from probsae.evaluate import Row
+    >>> from probsae.comparison import Row
     >>> rows = tuple(Row(name, 8, fvu, fvu, 2.0, 8) for name, fvu in (("a", 0.1), ("b", 0.2)))
     >>> [cell.text for cell in comparison_table(Report(rows, 100)).lines[1].cells]
     ['0.1000', '0.2000']

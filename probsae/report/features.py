@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy.stats import beta
 from torch import Tensor
 
-from probsae.evaluate import Dictionary
+from probsae.dictionary import Dictionary
 from probsae.report.examples import FeatureExamples, examples
 from probsae.report.sparse_codes import SparseCodes, encode_sparse
 from probsae.report.token_text import TokenText

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probsae.activations.shards import write_bytes
-from probsae.evaluate import Report
+from probsae.comparison import Report
 from probsae.metrics.calibration import Reliability
 from probsae.report.comparison import comparison_table
 from probsae.report.features import FeatureData

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from probsae.compare import Comparison
-from probsae.evaluate import FOUND_COSINE, Dictionary, Report, posterior_batches
+from probsae.comparison import Report
+from probsae.dictionary import Dictionary, posterior_batches
 from probsae.metrics import calibration, recovery
 from probsae.models.base import SparseDictionary
 from probsae.models.files import atomic_write, save
 from probsae.posterior import to_arviz
 from probsae.report import plots, run_folder
 from probsae.report.comparison import comparison_table
+from probsae.scores import FOUND_COSINE
 from probsae.synthetic import SyntheticActivations
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from probsae.activations.store import ActivationStore
-from probsae.evaluate import Report
+from probsae.comparison import Report
 from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.metrics.calibration import Reliability
 from probsae.models.base import SparseDictionary

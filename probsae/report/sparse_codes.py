@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsae.evaluate import Dictionary, posterior_batches
+from probsae.dictionary import Dictionary, posterior_batches
 from probsae.metrics.calibration import BAND
-from probsae.models.base import CodePosterior
+from probsae.models.code_posterior import CodePosterior
 
 
 class Entries(NamedTuple):

@@ -12,7 +12,8 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 import probsae as ps
 from probsae.inference import ExactELBO, elbo_terms, objective
 from probsae.inference.pyro_objective import pyro_objective
-from probsae.models.base import CodePosterior, SparseDictionary, as_event
+from probsae.models.base import SparseDictionary, as_event
+from probsae.models.code_posterior import CodePosterior
 
 
 class GaussianDictionary(SparseDictionary):

@@ -12,7 +12,7 @@ from scipy.stats import binom
 import probsae as ps
 from probsae.distributions import SpikeSlab, TruncatedNormal
 from probsae.metrics import code_coverage, code_pit, pit_uniformity
-from probsae.models.base import CodePosterior
+from probsae.models.code_posterior import CodePosterior
 from tests.conftest import FALSE_ALARM_RATE
 from tests.metrics.conjugate import GaussianDictionary
 

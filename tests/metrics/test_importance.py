@@ -12,7 +12,7 @@ import torch
 import probsae as ps
 from probsae.inference import elbo_terms, enumerate_supports
 from probsae.metrics import KHatWarning, importance_diagnostics, log_importance_ratios
-from probsae.models.base import CodePosterior
+from probsae.models.code_posterior import CodePosterior
 from tests.metrics.conjugate import D_SAE, GaussianDictionary
 from tests.metrics.test_coverage import spike_slab_problem
 from tests.metrics.test_simulation import overlapping_model

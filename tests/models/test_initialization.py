@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import probsae as ps
-from probsae.models.base import geometric_median
+from probsae.activations.geometric_median import geometric_median
 
 
 def test_location_is_the_geometric_median_and_not_the_mean():

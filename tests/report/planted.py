@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probsae.activations import ActivationStore, StoreWriter
 from probsae.distributions import SpikeSlab
-from probsae.models.base import CodePosterior
+from probsae.models.code_posterior import CodePosterior
 
 SLAB_SCALE = 0.25
 

@@ -1,6 +1,5 @@
 """What the browser shows is what the posterior says: sums, intervals, examples, neighbours."""
 
-import importlib
 import json
 
 import numpy as np
@@ -10,7 +9,7 @@ from scipy.stats import beta, binom
 
 import probsae as ps
 from probsae.activations import ActivationStore, StoreWriter
-from probsae.evaluate import Row
+from probsae.comparison import Row
 from probsae.report import gather_features, token_text
 from probsae.report.comparison import comparison_table
 from probsae.report.examples import N_TOP, N_UNDECIDED, WINDOW
@@ -34,9 +33,7 @@ def text(tmp_path, x):
 
 
 def test_sparse_codes_are_the_dense_ones(x, monkeypatch):
-    # The package has a function of the module's name. Pieces of 64 tokens.
-    module = importlib.import_module("probsae.evaluate")
-    monkeypatch.setattr(module, "_MAX_CODES", 4 * D_IN * 64)
+    monkeypatch.setattr("probsae.dictionary._MAX_CODES", 4 * D_IN * 64)  # pieces of 64 tokens
     codes, dense = encode_sparse(Planted(D_IN), x), Planted(D_IN).encode(x)
     assert len(codes.entries.token) < 0.1 * dense.mean.numel()
     for feature in range(D_IN):

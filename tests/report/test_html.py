@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from probsae import Report
-from probsae.evaluate import Row
+from probsae.comparison import Row
 from probsae.report import Page, html, write_browser
 from tests.report.wicked import WICKED, wicked_page
 

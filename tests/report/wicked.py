@@ -7,7 +7,7 @@ import tempfile
 import torch
 
 from probsae import Report
-from probsae.evaluate import Row
+from probsae.comparison import Row
 from probsae.metrics.calibration import reliability
 from probsae.report import Page, gather_features, token_text
 from tests.report.planted import Planted, planted_activations, store_of

@@ -17,7 +17,8 @@ from probsae.distributions import SpikeSlab, TruncatedNormal
 from probsae.distributions.truncated_normal import match_moments
 from probsae.inference.elbo import require_linear_decoder
 from probsae.inference.refine import spike_slab_prior
-from probsae.models.base import CodePosterior, SparseDictionary
+from probsae.models.base import SparseDictionary
+from probsae.models.code_posterior import CodePosterior
 
 MAX_FEATURES = 16
 """Features that `enumerate_supports` takes: 65,536 supports."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import SpikeSlab, TruncatedNormal
-from probsae.models.base import CodePosterior, SparseDictionary, as_event
+from probsae.models.base import SparseDictionary, as_event
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import typical_code_size
 from probsae.models.sae.kept import Support, kept_pre_activations
 

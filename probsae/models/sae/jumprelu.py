@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probsae.models.base import CodePosterior
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.sae.base import DeterministicSAE
 
 

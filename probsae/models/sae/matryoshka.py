@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probsae.models.base import CodePosterior
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.sae.base import KeptCodes
 from probsae.models.sae.batch_topk import BatchTopKSAE
 from probsae.models.sae.kept import decode_kept

@@ -11,7 +11,8 @@ from pyro.distributions import Exponential  # pyright: ignore[reportAttributeAcc
 from torch import Tensor
 from torch.distributions import Distribution
 
-from probsae.models.base import CodePosterior, as_event
+from probsae.models.base import as_event
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.sae.base import KeepingSAE, KeptCodes
 from probsae.models.sae.kept import Support
 

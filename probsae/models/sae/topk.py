@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from probsae.models.base import CodePosterior
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.sae.base import KeepingSAE, KeptCodes, check_k
 from probsae.models.sae.kept import Support
 

@@ -1,0 +1,122 @@
+"""The table that `evaluate` fills."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from rich.table import Table
+
+# What a terminal of 80 characters has room for.
+_HEADLINE = ("method", "fvu", "l0", "alive", "mmcs", "f1", "best_f1", "band_ece")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures; None where the method or the data cannot have it."""
+
+    method: str
+    d_sae: int
+    fvu: float
+    """Fraction of variance unexplained by the posterior mean; lower is better."""
+    fvu_hard: float
+    """The same from hard codes: the mean where p_active > .5, else 0."""
+    l0: float
+    """Expected active features a token, mean sum of p_active."""
+    alive: int
+    """Features with p_active > .5 on at least one held-out token."""
+    elbo: float | None = None
+    """Held-out lower bound of log p(x), nats per token; probabilistic models only."""
+    noise_scale: float | None = None
+    """Learned noise, units of the activations."""
+    interval_width: float | None = None
+    """Mean width of active codes' 90% intervals, units of the activations."""
+    mmcs: float | None = None
+    mmcs_chance: float | None = None
+    """MMCS of a random unit dictionary of the same size; so for the other chance levels."""
+    mmcs_precision: float | None = None
+    mmcs_precision_chance: float | None = None
+    mcc: float | None = None
+    mcc_chance: float | None = None
+    share_found: float | None = None
+    """Share of true features with a learned one at cosine above .9."""
+    share_found_chance: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    """Of the support p_active > .5, over all true features, unmatched ones counting as missed.
+    Codes of learned features without a true one to match are not counted: there is nothing that
+    says when they should be active."""
+    best_f1: float | None = None
+    """At the best threshold on the codes' size (deterministic) or on p_active."""
+    f1_chance: float | None = None
+    """F1 of calling every feature active, the best that does not look at the token."""
+    brier: float | None = None
+    """Mean squared difference of p_active and the truth, over found features."""
+    brier_ratio: float | None = None
+    """Brier score over the base rate's, over found features."""
+    band_ece: float | None = None
+    """Calibration error of p_active between .02 and .98, over found features."""
+    coverage: float | None = None
+    """Share of active true codes inside the 90% interval of q(z | z != 0), over found features."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The comparison, and what it was made on."""
+
+    rows: tuple[Row, ...]
+    n_tokens: int
+    """Held-out tokens."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, method: str) -> Row:
+        for row in self.rows:
+            if row.method == method:
+                return row
+        raise KeyError(f"no method {method!r}; there are {[row.method for row in self.rows]}")
+
+    def to_json(self) -> str:
+        """Return the report as JSON text; `from_json` reads it back."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote."""
+        value = json.loads(text)
+        return cls(tuple(Row(**row) for row in value["rows"]), value["n_tokens"], value["facts"])
+
+    def to_markdown(self) -> str:
+        """Return the table as Markdown, without empty columns."""
+        names, cells = self._cells()
+        lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+        return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
+
+    def rich_table(self) -> Table:
+        """Return the columns that matter most, to fit a terminal."""
+        names, cells = self._cells(_HEADLINE)
+        table = Table(title=f"{len(self.rows)} dictionaries on {self.n_tokens:,} held-out tokens")
+        for name in names:
+            table.add_column(
+                name.replace("_", " "),
+                justify="left" if name == "method" else "right",
+                min_width=max(len(row.method) for row in self.rows) if name == "method" else None,
+            )
+        for row in cells:
+            table.add_row(*row)
+        return table
+
+    def _cells(self, names: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+        names = [f.name for f in fields(Row)] if names is None else names
+        used = [n for n in names if any(getattr(row, n) is not None for row in self.rows)]
+        return used, [[_format(getattr(row, n)) for n in used] for row in self.rows]
+
+
+def _format(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

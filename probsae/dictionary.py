@@ -1,0 +1,36 @@
+"""What is asked of anything that is compared, spliced or shown: a fitted model or a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from probsae.models.code_posterior import CodePosterior
+
+# Codes held at once: 2 ** 25 floats are 128 MB.
+_MAX_CODES = 2**25
+
+
+@runtime_checkable
+class Dictionary(Protocol):
+    """Four verbs without the first: a fitted model or a baseline."""
+
+    def encode(self, x: Tensor) -> CodePosterior: ...
+
+    def decode(self, z: Tensor) -> Tensor: ...
+
+    def dictionary(self) -> Tensor: ...
+
+
+def posterior_batches(
+    dictionary: Dictionary, x: Float[Tensor, "token d_in"]
+) -> Iterator[tuple[slice, Tensor, CodePosterior]]:
+    """Encode `x` in pieces that fit in memory; yields where, the piece, and its posterior."""
+    width = len(dictionary.dictionary())
+    size = max(1, _MAX_CODES // width // 4)
+    for start in range(0, len(x), size):
+        where = slice(start, min(start + size, len(x)))
+        yield where, x[where], dictionary.encode(x[where])

@@ -1,0 +1,106 @@
+"""What a dictionary believes about the codes of each token."""
+
+from __future__ import annotations
+
+from typing import final
+
+import pyro.distributions as dist
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.distributions import Distribution
+
+from probsae.distributions import SpikeSlab, TruncatedNormal
+
+
+@final
+class CodePosterior:
+    """q(z | x): what the model believes about the codes of each token.
+
+    Parameters
+    ----------
+    distribution : torch Distribution of batch shape (token, d_sae)
+        Factorised law of the codes, in the units of the activations.
+    activity_threshold : float, default 0
+        Only used by laws without mass at zero (Laplace): there a code counts as active when it
+        exceeds this size, by default of the models the noise scale.
+    pre_activation : Tensor of shape (token, d_sae), optional
+        What the encoder computed before its non-linearity, for losses that need it.
+    log_evidence : Tensor of shape (token,), optional
+        log p(x), nats, where it is known (`probsae.inference.exact`).
+
+    Notes
+    -----
+    A deterministic SAE's posterior is a point: `p_active` is 0 or 1, `variance` is 0.
+    """
+
+    def __init__(
+        self,
+        distribution: Distribution,
+        activity_threshold: float | Tensor = 0.0,
+        pre_activation: Tensor | None = None,
+        log_evidence: Tensor | None = None,
+    ):
+        self.distribution = distribution
+        self.activity_threshold = activity_threshold
+        self.pre_activation = pre_activation
+        self.log_evidence = log_evidence
+
+    @property
+    def mean(self) -> Float[Tensor, "token d_sae"]:
+        """E z, the codes to reconstruct with; units of the activations."""
+        q = self.distribution
+        return q.v if isinstance(q, dist.Delta) else q.mean
+
+    @property
+    def variance(self) -> Float[Tensor, "token d_sae"]:
+        """Var z, units of the activations squared."""
+        q = self.distribution
+        return torch.zeros_like(q.v) if isinstance(q, dist.Delta) else q.variance
+
+    @property
+    def p_active(self) -> Float[Tensor, "token d_sae"]:
+        """q(z != 0); for a law without an atom, q(|z| > activity_threshold)."""
+        q = self.distribution
+        if isinstance(q, SpikeSlab):
+            return q.p_active
+        if isinstance(q, dist.Delta):
+            return (q.v != 0).to(q.v.dtype)
+        threshold = torch.as_tensor(self.activity_threshold, device=q.mean.device)
+        above = 1 - q.cdf(threshold)
+        return above if isinstance(q, TruncatedNormal) else above + q.cdf(-threshold)
+
+    @property
+    def is_active(self) -> Bool[Tensor, "token d_sae"]:
+        """p_active > .5: the most probable support."""
+        return self.p_active > 0.5
+
+    def interval(
+        self, level: float = 0.9
+    ) -> tuple[Float[Tensor, "token d_sae"], Float[Tensor, "token d_sae"]]:
+        """Equal-tailed credible interval (lower, upper) that holds `level` of the posterior.
+
+        Raises
+        ------
+        ValueError
+            If `level` is not strictly between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must be strictly between 0 and 1, got {level}")
+        q = self.distribution
+        if isinstance(q, dist.Delta):
+            return q.v, q.v
+        tail = (1 - level) / 2
+        lower, upper = (q.icdf(torch.full_like(q.mean, u)) for u in (tail, 1 - tail))
+        return lower, upper
+
+    def sample(self, n_draws: int = 1) -> Float[Tensor, "draw token d_sae"]:
+        """Independent draws of the codes."""
+        if n_draws < 1:
+            raise ValueError(f"n_draws must be at least 1, got {n_draws}")
+        return self.distribution.sample((n_draws,))
+
+
+def PointPosterior(z: Float[Tensor, "token d_sae"]) -> CodePosterior:
+    """Posterior of a method without uncertainty: all mass on the codes `z`."""
+    return CodePosterior(dist.Delta(z, validate_args=False))
