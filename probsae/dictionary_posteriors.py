@@ -22,7 +22,7 @@ from probsae.metrics.stability import align
 from probsae.metrics.streams import own_stream
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
-from probsae.models.code_priors import SpikeSlabPrior
+from probsae.models.code_priors import learned_spike_slab
 from probsae.posterior import assemble
 
 _DIMS = {
@@ -221,13 +221,12 @@ def _energy(x: Tensor, centre: Tensor) -> Tensor:
 
 
 def _best_posterior(model: SparseDictionary, x: Tensor) -> CodePosterior:
-    has_closed_form = isinstance(getattr(model, "code_prior", None), SpikeSlabPrior)
-    return refine(model, x) if has_closed_form else model.encode(x)
+    return model.encode(x) if learned_spike_slab(model) is None else refine(model, x)
 
 
 def _set_rates(model: SparseDictionary, rate: Tensor) -> None:
-    prior = getattr(model, "code_prior", None)
-    if isinstance(prior, SpikeSlabPrior):
+    prior = learned_spike_slab(model)
+    if prior is not None:
         prior.rate_logit.copy_(rate.logit())
 
 

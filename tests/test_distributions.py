@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from probsae.distributions import RectifiedNormal, SpikeSlab, TiltedSpikeSlab, TruncatedNormal
 from probsae.distributions.tilted import rough_tilted_mean
-from probsae.distributions.truncated_normal import mills_ratio
+from probsae.distributions.truncated_normal import log_ndtr, mills_ratio
 
 DOUBLE = {"dtype": torch.float64}
 LOCS = torch.tensor([-2.0, -0.3, 0.0, 0.7, 3.0], **DOUBLE)
@@ -43,6 +43,26 @@ def test_mills_ratio_is_exact_to_float32():
     exact = scipy.stats.norm.sf(near) / scipy.stats.norm.pdf(near)
     torch.testing.assert_close(expected[:5_001], torch.as_tensor(exact))
     assert float((mills_ratio(a) / expected - 1).abs().max()) < 5e-7
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+def test_mass_and_hazard_keep_their_digits_in_both_tails(dtype, tolerance):
+    a = torch.linspace(-8, 6, 2_001, dtype=dtype)
+    law = TruncatedNormal(a, torch.ones_like(a))
+    log_mass = torch.as_tensor(scipy.stats.norm.logcdf(a.double()))
+    hazard = torch.exp(torch.as_tensor(scipy.stats.norm.logpdf(a.double())) - log_mass)
+    for value, exact in ((law.log_mass, log_mass), (law.hazard, hazard), (log_ndtr(a), log_mass)):
+        assert float((value.double() / exact - 1).abs().max()) < tolerance
+
+
+def test_gradients_of_moments_mass_and_entropy():
+    def everything(loc, scale):
+        law = TruncatedNormal(loc, scale)
+        return law.mean, law.variance, law.entropy(), log_ndtr(loc), law.cdf(torch.ones_like(loc))
+
+    loc = torch.tensor([-7.9, -2.0, 0.3, 4.0], **DOUBLE, requires_grad=True)
+    scale = torch.tensor([1.0, 0.5, 1.3, 0.8], **DOUBLE, requires_grad=True)
+    assert torch.autograd.gradcheck(everything, (loc, scale))
 
 
 def integral(function, upper):

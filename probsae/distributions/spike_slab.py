@@ -36,6 +36,7 @@ class SpikeSlab(TorchDistribution):
     def __init__(self, logits: Tensor, slab, validate_args=None):
         self.slab = slab
         self.logits = logits
+        self._p_active = torch.sigmoid(logits)
         shape = torch.broadcast_shapes(logits.shape, slab.batch_shape)
         super().__init__(shape, validate_args=validate_args)
 
@@ -58,7 +59,7 @@ class SpikeSlab(TorchDistribution):
     @property
     def p_active(self) -> Tensor:
         """gamma, the probability that the code is not zero."""
-        return torch.sigmoid(self.logits)
+        return self._p_active
 
     @property
     def mean(self) -> Tensor:

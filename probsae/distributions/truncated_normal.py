@@ -124,6 +124,10 @@ class TruncatedNormal(TorchDistribution):
         """log Phi(a): the log-probability that the normal before truncation is positive."""
         self.hazard: Tensor = hazard
         """r = phi(a)/Phi(a)."""
+        # Kept: an ELBO asks for each several times.
+        first = self.ratio + hazard
+        self._mean = self.scale * first
+        self._variance = self.scale.square() * (1 - hazard * first).clamp(min=0)
 
     def expand(self, batch_shape, _instance=None):
         return TruncatedNormal(
@@ -132,11 +136,11 @@ class TruncatedNormal(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        return self.scale * (self.ratio + self.hazard)
+        return self._mean
 
     @property
     def variance(self) -> Tensor:
-        return self.scale.square() * (1 - self.hazard * (self.ratio + self.hazard)).clamp(min=0)
+        return self._variance
 
     def entropy(self) -> Tensor:
         return (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probsae.activations.scaling import limit_norms
 from probsae.inference.callbacks import Callback, FitState
-from probsae.models.code_priors import SpikeSlabPrior
+from probsae.models.code_priors import learned_spike_slab
 
 # Of the log error a step: errors die out over some 30 steps.
 _GAIN = 0.03
@@ -64,8 +64,8 @@ class TargetL0(Callback):
         self.target = float(target)
 
     def on_start(self, state: FitState) -> None:
-        prior = getattr(state.model, "code_prior", None)
-        if state.model.learn_noise or not isinstance(prior, SpikeSlabPrior):
+        prior = learned_spike_slab(state.model)
+        if state.model.learn_noise or prior is None:
             raise ValueError(
                 "TargetL0 steers the noise scale and the firing rates of a probabilistic "
                 "dictionary: build a SpikeSlabDictionary with learn_noise=False"

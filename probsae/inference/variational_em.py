@@ -15,7 +15,7 @@ from probsae.inference.elbo import elbo_terms, require_linear_decoder
 from probsae.inference.refine import code_law, refine
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
-from probsae.models.code_priors import SpikeSlabPrior
+from probsae.models.code_priors import learned_spike_slab
 
 # How often a pass that lowers the held-out ELBO is halved before it is given up.
 _N_HALVINGS = 4
@@ -102,7 +102,7 @@ def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
     model.set_rows_(rows.mean.to(model.W_dec.dtype))
     norms = rows.mean.norm(dim=1)
     sums.scale(norms)
-    prior = _spike_slab_parameters(model)
+    prior = learned_spike_slab(model)
     if prior is not None:
         a, b = rate.concentration1, rate.concentration0
         prior.rate_logit.copy_(torch.digamma(a) - torch.digamma(b))  # E log odds
@@ -110,11 +110,6 @@ def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
         model.log_noise_scale.copy_(-0.5 * noise_precision.mean.log())
     model.normalize_()
     return DictionaryPosterior(rows.scaled(norms), rate, noise_precision, log_odds, [])
-
-
-def _spike_slab_parameters(model: SparseDictionary) -> SpikeSlabPrior | None:
-    prior = getattr(model, "code_prior", None)
-    return prior if isinstance(prior, SpikeSlabPrior) else None
 
 
 def active_energy(model: SparseDictionary) -> Float[Tensor, " d_sae"]:
@@ -140,7 +135,7 @@ def _feature_posteriors(
     model: SparseDictionary, sums: Sums, rows: Rows, noise_precision: Gamma
 ) -> tuple[Beta, Tensor | None]:
     """Return q(rates), and each feature's log odds of being there."""
-    prior = _spike_slab_parameters(model)
+    prior = learned_spike_slab(model)
     a, b = (1.0, 1.0) if prior is None else prior.rate_prior
     n_active = sums.n_active.clamp(max=sums.n_tokens)
     rate = Beta(a + n_active, b + sums.n_tokens - n_active)
@@ -158,7 +153,7 @@ def _feature_posteriors(
 
 def _set_slabs(model: SparseDictionary, sums: Sums) -> None:
     """Give each slab the moments of its feature's active codes and `prior_weight` of its own."""
-    prior = _spike_slab_parameters(model)
+    prior = learned_spike_slab(model)
     if prior is None:
         return
     slab, weight = prior().slab, sums.prior_weight

@@ -111,6 +111,11 @@ class SpikeSlabPrior(nn.Module):
         self.log_slab_scale.copy_((variance.sqrt() if law is None else law.scale).log())
 
 
+def learned_spike_slab(model: nn.Module) -> SpikeSlabPrior | None:
+    """Return the spike-and-slab prior that a dictionary learns; None where it has another one."""
+    return next((part for part in model.children() if isinstance(part, SpikeSlabPrior)), None)
+
+
 def typical_code_size(x_centered: Float[Tensor, "token d_in"]) -> float:
     """Guess a code's size: with as many features active as the initial rate has in 768.
 

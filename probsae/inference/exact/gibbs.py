@@ -17,6 +17,7 @@ from probsae.inference.elbo import require_linear_decoder
 from probsae.inference.exact.enumeration import FixedDictionary
 from probsae.inference.refine import spike_slab_prior
 from probsae.models.base import SparseDictionary
+from probsae.models.code_priors import learned_spike_slab
 
 QUANTITIES = ("codes", "dictionary", "rates", "noise")
 
@@ -141,8 +142,8 @@ class _GibbsState:
         self.problem = FixedDictionary.of(model, prior)
         self.centered = x.double() - self.problem.b_dec
         self.row_precision, self.noise_prior = row_precision, noise_prior
-        a, b = getattr(getattr(model, "code_prior", None), "rate_prior", (1.0, 1.0))
-        self.rate_prior = (a, b)
+        learned = learned_spike_slab(model)
+        self.rate_prior = (1.0, 1.0) if learned is None else learned.rate_prior
         shape = (n_chains, len(x), model.d_sae)
         self.codes = torch.zeros(shape, dtype=torch.float64, device=x.device)
         self.dictionary = self.problem.directions.expand(n_chains, -1, -1).clone()
