@@ -11,6 +11,7 @@ from pyro.infer import SVI, Predictive
 from torch.distributions import kl_divergence
 
 import probsae.models as models
+from probsae.distributions import SpikeSlab
 from probsae.inference import ExactELBO, elbo_terms, fit, objective
 from probsae.models.base import SparseDictionary, as_event
 
@@ -98,7 +99,7 @@ def test_draws_have_the_posteriors_moments(variant):
     lower, upper = post.interval(0.8)
     inside = ((draws >= lower - 1e-9) & (draws <= upper + 1e-9)).double().mean(0)
     assert (inside >= 0.8 - K_STANDARD_ERRORS * (0.16 / 4000) ** 0.5).all()
-    if isinstance(post.distribution, models.base.SpikeSlab):
+    if isinstance(post.distribution, SpikeSlab):
         p, share = post.p_active, (draws != 0).double().mean(0)
         assert ((share - p).abs() <= K_STANDARD_ERRORS * (p * (1 - p) / 4000).sqrt() + 2e-3).all()
 
