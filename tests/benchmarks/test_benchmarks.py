@@ -16,6 +16,7 @@ BENCHMARKS = {
     "posterior": (f"{SIZES}, n_steps=6, n_polished=3, n_fitted=10", "shapes"),
     "ensemble": (
         "d_in=16, d_sae=32, batch_sizes=(64,), n_members=2, n_rounds=1, n_steps=5, "
+        "n_fit_steps=8, "
         "with_growth=False",
         "throughput",
     ),
