@@ -76,7 +76,7 @@ class Settings:
     compared_width : int
         At which features of the two transformers are compared.
     l0 : int
-        Active features a token of SpikeSlab (expected) and TopK.
+        Active features a token of SpikeSlab (expected), TopK and BatchTopK.
     n_steps, batch_size : int
         Of each fit.
     n_held_out : int
@@ -94,7 +94,7 @@ class Settings:
     model_batch_size: int = 64
     model_learning_rate: float = 3e-3
     n_tokens: int = 300_000
-    families: tuple[str, ...] = ("SpikeSlab", "TopK", "ReLU")
+    families: tuple[str, ...] = ("SpikeSlab", "BatchTopK", "TopK", "ReLU")
     widths: tuple[int, ...] = (256, 512, 1_024)
     compared_width: int = 512
     l0: int = 16

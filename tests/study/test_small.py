@@ -1,0 +1,25 @@
+"""The small study, whole: what a laptop finds must answer the question the same way."""
+
+from __future__ import annotations
+
+import pytest
+
+from probsae.study import SMALL, run_study
+from probsae.study.results import read_results
+
+
+@pytest.mark.slow
+def test_the_small_study_answers(tmp_path):
+    page = run_study(tmp_path, SMALL, device="cpu", progress=False)
+    results = read_results(tmp_path)
+    assert len(results.grid.query("decay == 0.99")) == 2 * 6 * len(SMALL.ratios)
+    assert len(list(page.parent.glob("*.png"))) == 13
+    for is_correlated in (False, True):
+        answer = results.of(results.answer, is_correlated).set_index(["method", "ratio"])
+        grid = results.of(results.grid, is_correlated)
+        slab = answer.loc["SpikeSlab"]
+        # Nothing swept, against the best of the grid, chosen with the truth in hand.
+        assert slab.loc[1:, "mmcs"].min() > grid["mmcs"].max()
+        assert slab.loc[1:, "best_f1"].min() > grid["best_f1"].max()
+        # The posterior switches the surplus off: 128 features, 512 entries at most.
+        assert slab.loc[4, "alive"] < 1.25 * SMALL.n_features < grid["alive"].max()
