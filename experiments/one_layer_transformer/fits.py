@@ -15,10 +15,9 @@ from probsae.inference import Checkpoint, TargetL0
 from probsae.models.base import SparseDictionary
 from probsae.models.files import load, save
 
-
 # The best of .001, .003, .01 and .03 for TopK, of .003 and .01 for the others (512 features,
 # transformer 0, held-out text). SpikeSlab is at its default.
-DETERMINISTIC_RATE = 0.01
+_DETERMINISTIC_RATE = 0.01
 # Over a typical code: what leaves ReLU about 16 active codes there.
 _RELU_COEFFICIENT = 3.2
 
@@ -73,7 +72,8 @@ def fitted(
         model, callbacks = _new(plan, data, l0)
         ps.fit(
             model, data, n_steps=n_steps, batch_size=batch_size, seed=plan.seed,
-            learning_rate=None if plan.family == "SpikeSlab" else DETERMINISTIC_RATE, device=device, callbacks=[*callbacks, Checkpoint(checkpoint, every=100)],
+            learning_rate=None if plan.family == "SpikeSlab" else _DETERMINISTIC_RATE,
+            device=device, callbacks=[*callbacks, Checkpoint(checkpoint, every=100)],
             resume=checkpoint if checkpoint.exists() else None,
         )  # fmt: skip
         save(model, folder)
