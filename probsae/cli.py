@@ -343,6 +343,7 @@ def study(
     scale: Literal["small", "full"] = "small",
     seed: int = 0,
     device: str | None = None,
+    n_processes: int | None = None,
     ray: bool = False,
     ray_address: str | None = None,
 ) -> None:
@@ -355,6 +356,7 @@ def study(
         scale: small: a quarter of each width; full: the study's own 96 SAEs, for a GPU.
         seed: Of the data and of all fits.
         device: A GPU where there is one, by default.
+        n_processes: Groups run at a time; as many as there are processors, by default.
         ray: Run groups of fits as Ray tasks, on this machine or a cluster.
         ray_address: Of a running cluster.
     """
@@ -363,8 +365,8 @@ def study(
     sizes = SMALL if scale == "small" else FULL
     folder = out / (scale if seed == 0 else f"{scale}-seed={seed}")
     page = run_study(
-        folder, sizes, seed=seed, device=device, ray=ray or ray_address is not None,
-        ray_address=ray_address,
+        folder, sizes, seed=seed, device=device, n_processes=n_processes,
+        ray=ray or ray_address is not None, ray_address=ray_address,
     )  # fmt: skip
     print((page.parent / "answer.md").read_text())
     print(f"written: {page}")

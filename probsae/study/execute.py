@@ -32,9 +32,13 @@ def execute(group: Group, device: str | None) -> Files:
     return {**files, PROVENANCE: json.dumps(provenance, indent=1).encode()}
 
 
+def is_cuda(device: str | None) -> bool:
+    """Whether a group runs on a GPU."""
+    return torch.cuda.is_available() if device is None else device.startswith("cuda")
+
+
 def _device_name(device: str | None) -> str:
-    is_cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    return torch.cuda.get_device_name() if is_cuda else "cpu"
+    return torch.cuda.get_device_name() if is_cuda(device) else "cpu"
 
 
 def _commit() -> str | None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from probsae.study.execute import execute
+from probsae.study.execute import execute, is_cuda
 from probsae.study.folder import StudyFolder
 from probsae.study.group import Files, Group
 from probsae.study.plan import plan, summaries
+from probsae.study.processes import execute_in_processes, processes_that_fit
 from probsae.study.ray_tasks import execute_on_ray
 from probsae.study.report import check_packages, write_report
 from probsae.study.scale import Scale
@@ -22,6 +23,7 @@ def run_study(
     *,
     seed: int = 0,
     device: str | None = None,
+    n_processes: int | None = None,
     ray: bool = False,
     ray_address: str | None = None,
     progress: bool | None = None,
@@ -41,6 +43,9 @@ def run_study(
         Of the data and of all fits.
     device : str, optional
         Where to fit; a GPU where there is one, by default.
+    n_processes : int, optional
+        Groups run at a time on this machine, each on a thread of its own: small fits gain nothing
+        from two. By default as many as there are processors and memory for; 1 on a GPU.
     ray : bool, default False
         Run the groups as Ray tasks, each on one CPU, or one GPU where the cluster has any.
     ray_address : str, optional
@@ -62,9 +67,11 @@ def run_study(
     """
     check_packages()
     folder = StudyFolder(Path(path), scale, seed)
+    if n_processes is None:
+        n_processes = 1 if is_cuda(device) else processes_that_fit()
     run_groups(
-        folder, plan(scale, seed), device=device, ray=ray, ray_address=ray_address,
-        progress=progress,
+        folder, plan(scale, seed), device=device, n_processes=n_processes, ray=ray,
+        ray_address=ray_address, progress=progress,
     )  # fmt: skip
     run_groups(folder, summaries(scale, seed, folder.groups), device=device, progress=progress)
     return write_report(folder.path)
@@ -75,6 +82,7 @@ def run_groups(
     groups: Sequence[Group],
     *,
     device: str | None = None,
+    n_processes: int = 1,
     ray: bool = False,
     ray_address: str | None = None,
     progress: bool | None = None,
@@ -85,6 +93,8 @@ def run_groups(
         return
     if ray:
         results: Iterable[tuple[Group, Files]] = execute_on_ray(missing, device, ray_address)
+    elif n_processes > 1:
+        results = execute_in_processes(missing, device, n_processes)
     else:
         results = _execute_here(missing, device)
     bar = tqdm(

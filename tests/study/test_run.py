@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -53,6 +54,27 @@ def test_nothing_runs_twice(folder, log):
     files = {path.name for path in (folder.groups / "marked-3").iterdir()}
     assert files == {RESULT, "more.bin", PROVENANCE}
     assert (folder.groups / "marked-3" / "more.bin").read_bytes() == b"\3"
+
+
+def test_processes_share_the_groups(folder, log):
+    groups = [Marked(number, log) for number in range(6)]
+    run_groups(folder, groups, n_processes=2, progress=False)
+    assert sorted(number for number, _ in starts(log)) == list(range(6))
+    assert os.getpid() not in {process for _, process in starts(log)}
+    assert names(folder) == {f"marked-{number}" for number in range(6)}
+    for number in range(6):
+        folder_of_group = folder.groups / f"marked-{number}"
+        assert (folder_of_group / "more.bin").read_bytes() == bytes([number])
+        assert json.loads((folder_of_group / PROVENANCE).read_text())["threads"] == 1
+
+
+def test_a_process_that_raises_loses_nothing_that_came_in(folder, log):
+    groups = [Marked(1, log), Marked(2, log, is_broken=True)]
+    with pytest.raises(ValueError, match="group 2 is broken"):
+        run_groups(folder, groups, n_processes=2, progress=False)
+    assert names(folder) <= {"marked-1"}
+    run_groups(folder, [Marked(n, log) for n in (1, 2)], n_processes=2, progress=False)
+    assert names(folder) == {"marked-1", "marked-2"}
 
 
 def test_a_group_that_raises_leaves_nothing_and_those_before_it_stay(folder, log):

@@ -1,0 +1,46 @@
+"""Groups in several processes of one machine, a thread each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import joblib
+import torch
+
+from probsae.activations.resources import available_memory
+from probsae.study.execute import execute
+from probsae.study.group import Files, Group
+
+# What a process takes that has torch loaded and fits a small study's largest group.
+_PROCESS_BYTES = 2**31
+
+
+def processes_that_fit() -> int:
+    """Return how many processors there are, or fewer where the memory ends first."""
+    n, memory = joblib.cpu_count(), available_memory()
+    return n if memory is None else max(1, min(n, int(memory // _PROCESS_BYTES)))
+
+
+def execute_in_processes(
+    groups: Sequence[Group], device: str | None, n_processes: int
+) -> Iterator[tuple[Group, Files]]:
+    """Yield each group and its files as they come in.
+
+    A group that raises ends the others that run; what came in before stays.
+    """
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        parallel = joblib.Parallel(n_jobs=n_processes, return_as="generator_unordered")
+        numbered = parallel(
+            joblib.delayed(_execute)(i, group, device) for i, group in enumerate(groups)
+        )
+    for i, files in numbered:
+        yield groups[i], files
+
+
+def _execute(number: int, group: Group, device: str | None) -> tuple[int, Files]:
+    torch.set_num_threads(1)
+    # Bars of several processes would write over each other.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        return number, execute(group, device)
