@@ -20,10 +20,11 @@ def main(
     scale: Literal["small", "full"] = "small",
     seed: int = 0,
     device: str | None = None,
+    n_processes: int | None = None,
     ray: bool = False,
 ) -> None:
     """Run the study, or go on with it; the options are those of `probsae study`."""
-    study(RESULTS, scale, seed, device, ray)
+    study(RESULTS, scale, seed=seed, device=device, n_processes=n_processes, ray=ray)
 
 
 if __name__ == "__main__":
