@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 
 import joblib
@@ -35,8 +36,11 @@ def execute_in_processes(
         numbered = parallel(
             joblib.delayed(_execute)(i, group, device) for i, group in enumerate(groups)
         )
-    for i, files in numbered:
-        yield groups[i], files
+    with warnings.catch_warnings():
+        # A process that has grown is ended after its group and another one started.
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
+        for i, files in numbered:
+            yield groups[i], files
 
 
 def _execute(number: int, group: Group, device: str | None) -> tuple[int, Files]:

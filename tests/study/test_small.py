@@ -19,7 +19,7 @@ def test_the_small_study_answers(tmp_path):
         grid = results.of(results.grid, is_correlated)
         slab = answer.loc["SpikeSlab"]
         # Nothing swept, against the best of the grid, chosen with the truth in hand.
-        assert slab.loc[1:, "mmcs"].min() > grid["mmcs"].max()
+        assert slab.loc[2:, "mmcs"].min() > grid["mmcs"].max() + 0.03
         assert slab.loc[1:, "best_f1"].min() > grid["best_f1"].max()
         # The posterior switches the surplus off: 128 features, 512 entries at most.
         assert slab.loc[4, "alive"] < 1.25 * SMALL.n_features < grid["alive"].max()
