@@ -148,9 +148,11 @@ def growth(device: torch.device, n_rounds: int, n_steps: int) -> dict[str, Any]:
     return result
 
 
-def _sized(device: torch.device, n_steps: int, *, d_in: int, **sizes: int) -> Run:
+def _sized(
+    device: torch.device, n_steps: int, *, d_in: int, d_sae: int, n_members: int, batch_size: int
+) -> Run:
     x, _ = ps.SyntheticActivations(d_in=d_in, device=device).sample(16_384)
-    return ensemble(x, n_steps=n_steps, compile=True, **sizes)
+    return ensemble(x, d_sae, batch_size, n_members, n_steps, compile=True)
 
 
 def main(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import joblib
 import torch
@@ -33,7 +34,7 @@ def execute_in_processes(
     """
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         parallel = joblib.Parallel(n_jobs=n_processes, return_as="generator_unordered")
-        numbered = parallel(
+        numbered: Any = parallel(
             joblib.delayed(_execute)(i, group, device) for i, group in enumerate(groups)
         )
     with warnings.catch_warnings():
