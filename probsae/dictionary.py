@@ -16,7 +16,7 @@ _MAX_CODES = 2**25
 
 @runtime_checkable
 class Dictionary(Protocol):
-    """Four verbs without the first: a fitted model or a baseline."""
+    """A fitted model or a baseline: encode, decode, dictionary."""
 
     def encode(self, x: Tensor) -> CodePosterior: ...
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
 
-def geometric_median(x: Tensor, n_iterations: int = 50, tolerance: float = 1e-5) -> Tensor:
+def geometric_median(
+    x: Float[Tensor, "token d_in"], n_iterations: int = 50, tolerance: float = 1e-5
+) -> Float[Tensor, " d_in"]:
     """Point with the least summed distance to the rows of `x`, by Weiszfeld's iteration.
+
+    It ends where a step is below `tolerance` of the point's norm. Units of `x`.
 
     Source: Weiszfeld (1937); as the initial decoder bias, Bricken et al. (2023).
     """

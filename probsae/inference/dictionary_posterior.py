@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Beta, Gamma
 
 from probsae.inference.dictionary_statistics import Rows
+from probsae.levels import tails
 from probsae.models.files import atomic_write
 
 _FILE = "posterior.safetensors"
@@ -97,11 +98,9 @@ class DictionaryPosterior:
         ValueError
             If `level` is not strictly between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level must be strictly between 0 and 1, got {level}")
+        ends = tails(level)
         a, b = (c.cpu().numpy() for c in (self.rate.concentration1, self.rate.concentration0))
-        tail = (1 - level) / 2
-        lower, upper = (torch.from_numpy(beta_law.ppf(u, a, b)) for u in (tail, 1 - tail))
+        lower, upper = (torch.from_numpy(beta_law.ppf(u, a, b)) for u in ends)
         return lower, upper
 
     def sample(self, n_draws: int = 1) -> Float[Tensor, "draw d_sae d_in"]:

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from probsae.levels import tails
+
 _RESAMPLES = 2_000
 
 
@@ -151,10 +153,7 @@ def _mean(tokens: Tensor) -> float:
 
 
 def _quantiles(draws: Tensor, level: float) -> Tensor:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be strictly between 0 and 1, got {level}")
-    tail = (1 - level) / 2
-    return draws.quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype), dim=0)
+    return draws.quantile(torch.tensor(tails(level), dtype=draws.dtype), dim=0)
 
 
 def _recovered_share(

@@ -10,6 +10,7 @@ from scipy.stats import chi2, spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from probsae.levels import check_level
 from probsae.metrics.ranking import DoubtScore, score_doubt
 from probsae.metrics.recovery import match_features, max_cosines
 
@@ -68,8 +69,7 @@ def direction_calibration(
         If shapes do not fit, a variance is not positive, or the level is outside (0, 1).
     """
     _check_variance(directions, direction_variance)
-    if not 0 < level < 1:
-        raise ValueError(f"level must be strictly between 0 and 1, got {level}")
+    check_level(level)
     match = match_features(directions, features).above(threshold)
     columns = match.learned.to(directions.device)
     predicted = direction_variance.double()[columns].cpu()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from probsae.distributions import SpikeSlab, TruncatedNormal
+from probsae.levels import tails
 
 
 @final
@@ -85,13 +86,11 @@ class CodePosterior:
         ValueError
             If `level` is not strictly between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level must be strictly between 0 and 1, got {level}")
+        ends = tails(level)
         q = self.distribution
         if isinstance(q, dist.Delta):
             return q.v, q.v
-        tail = (1 - level) / 2
-        lower, upper = (q.icdf(torch.full_like(q.mean, u)) for u in (tail, 1 - tail))
+        lower, upper = (q.icdf(torch.full_like(q.mean, u)) for u in ends)
         return lower, upper
 
     def sample(self, n_draws: int = 1) -> Float[Tensor, "draw token d_sae"]:

@@ -14,6 +14,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from probsae.dictionary import Dictionary
+from probsae.levels import check_level
 from probsae.report.examples import FeatureExamples, examples
 from probsae.report.sparse_codes import SparseCodes, encode_sparse
 from probsae.report.token_text import TokenText
@@ -156,8 +157,7 @@ def gather_features(
     >>> data.columns.rate.shape, len(data.nearest[0])
     ((16,), 6)
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must be strictly between 0 and 1, got {level}")
+    check_level(level)
     directions = dictionary.dictionary().detach().float()
     d_sae = len(directions)
     _check_length("text", text, len(x), "tokens")

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probsae.levels import tails
 from probsae.metrics.probing.probes import PENALTY, ProbeSpace, as_matrix
 from probsae.metrics.probing.significance import welch_statistics
 from probsae.metrics.probing.task import ConceptTask
@@ -47,9 +48,7 @@ class Selectivity:
 
 def percentile_interval(draws: Float[np.ndarray, " draw"], level: float) -> tuple[float, float]:
     """Return the ends between which the middle `level` of the draws lies."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must be strictly between 0 and 1, got {level}")
-    lower, upper = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    lower, upper = np.quantile(draws, tails(level))
     return float(lower), float(upper)
 
 

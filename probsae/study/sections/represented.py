@@ -74,11 +74,18 @@ def _draw(results: Results) -> Figure:
     for row_of_axes, decay in zip(np.atleast_2d(grid), results.decays, strict=True):
         p = _probabilities(results, decay)
         for axes, (is_correlated, kind) in zip(row_of_axes, DATA_NAMES.items(), strict=True):
+            is_even = np.ptp(p) == 0
             for name, row in _chosen(results, decay, is_correlated).items():
-                axes.scatter(p, row["cosine"], s=8, alpha=0.6, label=name)
+                cosine = np.array(row["cosine"])
+                # Of equally frequent features the probability would put all in one place.
+                x, y = (np.arange(len(p)), -np.sort(-cosine)) if is_even else (p, cosine)
+                axes.scatter(x, y, s=8, alpha=0.6, label=name)
                 chance = row["mmcs_chance"]
             axes.axhline(chance, color="grey", ls="--")
-            axes.set(xscale="log", ylim=(0, 1.02), title=f"decay {decay:g}, {kind}")
-            axes.set(xlabel="firing probability", ylabel="largest cosine")
+            axes.set(ylim=(0, 1.02), ylabel="largest cosine", title=f"decay {decay:g}, {kind}")
+            axes.set(
+                xscale="linear" if is_even else "log",
+                xlabel="features, from the best found" if is_even else "firing probability",
+            )
             axes.legend(fontsize="x-small")
     return figure
