@@ -24,9 +24,9 @@ from probsae.models.code_priors import (
     typical_code_size,
 )
 
-# A filter of norm c passes c times the noise scale, and c times what a lateral step leaves: wider
-# ones let the steps overshoot (docs/decisions/damping.md).
-MAX_FILTER_NORM = 1.2
+# How far a filter may lean from its direction: some lets it look past its neighbours; filters that
+# are free let the lateral steps overshoot, and fit their tokens only (docs/decisions/damping.md).
+MAX_LEAN = 0.4
 
 
 class SpikeSlabDictionary(SparseDictionary):
@@ -178,10 +178,11 @@ class SpikeSlabDictionary(SparseDictionary):
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Store unit rows of `W_dec`, and filters of at most `MAX_FILTER_NORM`."""
+        """Store unit rows of `W_dec`, and filters at most `MAX_LEAN` away from them."""
         super().normalize_()
-        norms = self.W_enc.norm(dim=0)
-        self.W_enc.mul_(MAX_FILTER_NORM / norms.clamp(min=MAX_FILTER_NORM))
+        lean = self.W_enc - self.W_dec.T
+        excess = 1 - MAX_LEAN / lean.norm(dim=0).clamp(min=MAX_LEAN)
+        self.W_enc.sub_(lean * excess)
 
     def log_prior_parameters(self) -> Tensor:
         return self.code_prior.log_density_of_rates()
