@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributions import Beta, Gamma, kl_divergence
 
@@ -92,13 +92,21 @@ class Sums:
 
 @torch.no_grad()
 def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
-    """Set all of `model` but the codes' law to its optimum; return how certain that is."""
+    """Set all of `model` but the codes' law to its optimum; return how certain that is.
+
+    A feature that the tokens do not show keeps its direction and slab: those of codes near zero,
+    which are probable by the thousand and fit noise, would take their place.
+    """
     sums.move()
     anchor = sums.prior_weight * active_energy(model).double()
     rows = sums.dictionary.solve(anchor)
     noise_precision = _noise_posterior(model, sums, rows, anchor)
     rate, log_odds = _feature_posteriors(model, sums, rows, noise_precision)
-    _set_slabs(model, sums)
+    if log_odds is not None:
+        is_shown = log_odds > 0
+        directions = sums.dictionary.directions
+        rows = rows._replace(mean=torch.where(is_shown[:, None], rows.mean, directions))
+        _set_slabs(model, sums, is_shown)
     model.set_rows_(rows.mean.to(model.W_dec.dtype))
     norms = rows.mean.norm(dim=1)
     sums.scale(norms)
@@ -151,16 +159,18 @@ def _feature_posteriors(
     return rate, gain - cost - kl_divergence(rate, flat)
 
 
-def _set_slabs(model: SparseDictionary, sums: Sums) -> None:
-    """Give each slab the moments of its feature's active codes and `prior_weight` of its own."""
+def _set_slabs(model: SparseDictionary, sums: Sums, is_shown: Bool[Tensor, " d_sae"]) -> None:
+    """Give slabs the moments of their features' active codes and `prior_weight` of their own."""
     prior = learned_spike_slab(model)
-    if prior is None:
-        return
-    slab, weight = prior().slab, sums.prior_weight
+    assert prior is not None
+    old_mean, old_energy = prior().slab.mean.double(), active_energy(model).double()
+    weight = sums.prior_weight
     count = sums.n_active + weight
-    mean = (sums.code + weight * slab.mean.double()) / count
-    energy = (sums.dictionary.energy + weight * active_energy(model).double()) / count
-    prior.set_moments_(mean, energy)
+    mean = (sums.code + weight * old_mean) / count
+    energy = (sums.dictionary.energy + weight * old_energy) / count
+    prior.set_moments_(
+        torch.where(is_shown, mean, old_mean), torch.where(is_shown, energy, old_energy)
+    )
 
 
 class HeldOutGuard:

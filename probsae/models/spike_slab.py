@@ -24,9 +24,12 @@ from probsae.models.code_priors import (
     typical_code_size,
 )
 
-# How far a filter may lean from its direction: some lets it look past its neighbours; filters that
-# are free let the lateral steps overshoot, and fit their tokens only (docs/decisions/damping.md).
-MAX_LEAN = 0.4
+# A filter of norm c passes c times the noise scale, and c times what a lateral step leaves: wider
+# ones let the steps overshoot (docs/decisions/damping.md).
+MAX_FILTER_NORM = 1.2
+# Tangent of the angle by which a filter may lean from its direction: that much lets it look past
+# neighbours; filters that are free fit their training tokens only (the same page).
+MAX_LEAN = 0.45
 
 
 class SpikeSlabDictionary(SparseDictionary):
@@ -176,11 +179,14 @@ class SpikeSlabDictionary(SparseDictionary):
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Store unit rows of `W_dec`, and filters at most `MAX_LEAN` away from them."""
+        """Store unit rows of `W_dec`, and filters within `MAX_LEAN` and `MAX_FILTER_NORM`."""
         super().normalize_()
-        lean = self.W_enc - self.W_dec.T
-        excess = 1 - MAX_LEAN / lean.norm(dim=0).clamp(min=MAX_LEAN)
-        self.W_enc.sub_(lean * excess)
+        along = (self.W_enc * self.W_dec.T).sum(0)
+        across = self.W_enc - along * self.W_dec.T
+        bound = (MAX_LEAN * along).clamp(min=0)
+        self.W_enc.sub_(across * (1 - bound / across.norm(dim=0).maximum(bound).clamp(min=1e-12)))
+        norms = self.W_enc.norm(dim=0)
+        self.W_enc.mul_(MAX_FILTER_NORM / norms.clamp(min=MAX_FILTER_NORM))
 
     def log_prior_parameters(self) -> Tensor:
         return self.code_prior.log_density_of_rates()

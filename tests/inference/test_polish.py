@@ -201,3 +201,28 @@ def test_an_iterator_is_passed_over_once():
     with pytest.raises(ValueError, match="passed over once"):
         ps.polish(model, iter([torch.randn(50, 4)] * 4), n_passes=2)
     assert torch.equal(model.W_dec, before)
+
+
+def test_features_that_the_tokens_do_not_show_stay(problem):
+    """A rare feature may not fire in a whole pass: it keeps its direction, and is still seen."""
+    model, data = problem
+    x, z = data.sample(20_000)
+    rare = slice(N_FEATURES - 8, N_FEATURES)
+    shows_rare = (z[:, rare] > 0).any(1)
+    assert 200 < int(shows_rare.sum()) < 8_000
+    cosine = (model.dictionary() @ data.features[rare].T).max(0)
+    found = cosine.values > 0.95
+    assert int(found.sum()) >= 6
+    before = cosine.values[found]
+
+    ps.polish(model, x[~shows_rare], batch_size=2_000, n_passes=3)
+    entries = cosine.indices[found]
+    after = (model.dictionary()[entries] * data.features[rare][found]).sum(1)
+    assert (after > 0.95).all()
+    assert int((after < before - 0.01).sum()) <= 1  # one may explain a little of its neighbour
+
+    x, z = data.sample(20_000)
+    z = z[:, rare][:, found]
+    p_active = ps.refine(model, x).p_active[:, entries]
+    assert p_active[z > 0.5].mean() > 0.9
+    assert p_active[z == 0].mean() < 0.01

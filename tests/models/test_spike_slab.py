@@ -3,7 +3,7 @@
 import torch
 
 import probsae as ps
-from probsae.models.spike_slab import MAX_LEAN, share_explained
+from probsae.models.spike_slab import MAX_FILTER_NORM, MAX_LEAN, share_explained
 
 
 def test_share_is_the_nearest_multiple_and_never_an_overshoot():
@@ -32,19 +32,33 @@ def test_tokens_explained_many_times_over_stay_bounded():
     assert (residual < 10 * x.norm(dim=1)).all()
 
 
-def test_filters_lean_no_further_than_the_bound():
+def test_filters_stay_near_their_directions():
     torch.manual_seed(0)
-    model = ps.SpikeSlabDictionary(d_in=6, d_sae=8)
+    model = ps.SpikeSlabDictionary(d_in=6, d_sae=9)
+    directions = model.directions.detach().T
+    normal = torch.linalg.qr(torch.stack([directions, torch.randn(6, 9)]).permute(2, 1, 0))
+    across = normal.Q[:, :, 1].T  # a unit vector at right angles to each direction
+    near, far, long = slice(0, 3), slice(3, 6), slice(6, 9)
     with torch.no_grad():
-        model.W_enc[:, :4] += 0.1 * torch.randn(6, 4)
-        model.W_enc[:, 4:] += 3 * torch.randn(6, 4)
+        model.W_enc[:, near] = 1.05 * directions[:, near] + 0.3 * across[:, near]
+        model.W_enc[:, far] = 0.5 * directions[:, far] + 2 * across[:, far]
+        model.W_enc[:, long] = 3 * directions[:, long] + across[:, long]
     before = model.W_enc.detach().clone()
     model.normalize_()
-    lean, lean_before = model.W_enc - model.W_dec.T, before - model.W_dec.T
-    is_free = lean_before.norm(dim=0) <= MAX_LEAN
-    assert is_free.tolist() == [True] * 4 + [False] * 4  # 3 randn(6) is some 7 long
-    assert torch.equal(model.W_enc[:, is_free], before[:, is_free])
-    bound = torch.full((4,), MAX_LEAN)
-    torch.testing.assert_close(lean.norm(dim=0)[~is_free], bound)
-    cosine = torch.nn.functional.cosine_similarity(lean, lean_before, dim=0)
-    torch.testing.assert_close(cosine, torch.ones(8))
+    torch.testing.assert_close(model.W_enc[:, near], before[:, near])
+    bounded = 0.5 * (directions[:, far] + MAX_LEAN * across[:, far])
+    torch.testing.assert_close(model.W_enc[:, far], bounded)
+    shorter = before[:, long] * (MAX_FILTER_NORM / 10**0.5)
+    torch.testing.assert_close(model.W_enc[:, long], shorter)
+
+
+def test_filters_that_point_away_can_come_back():
+    model = ps.SpikeSlabDictionary(d_in=6, d_sae=8)
+    with torch.no_grad():
+        model.W_enc.copy_(-model.directions.T + 0.1 * torch.randn(6, 8))
+    model.normalize_()
+    assert torch.isfinite(model.W_enc).all()
+    with torch.no_grad():
+        model.W_enc.zero_()
+    model.normalize_()
+    assert torch.isfinite(model.W_enc).all()
