@@ -48,7 +48,8 @@ def polish(
         q(1 / noise variance) = Gamma(N d_in / 2, sum E|x - b - z W|^2 / 2),
 
     and each slab has the moments of its feature's active codes. The model is set to their means,
-    its encoder's filters turn with the directions, and the rows' norms go into the codes.
+    its encoder's filters turn with the directions, and the rows' norms go into the codes. A
+    feature that the data do not show (log odds of being there below zero) keeps direction and slab.
 
     Parameters
     ----------
@@ -63,8 +64,7 @@ def polish(
     batch_size : int, default 4096
         Tokens at a time.
     prior_weight : float, default 1
-        Activations that the fit's direction of each feature counts as: so that features stay
-        which the data do not show.
+        Activations that the fit's direction and slab of each feature count as.
     forgetting_rate : float, default 0
         Share of the past that each batch makes forgotten: with one, the model is updated after
         each batch (natural-gradient SVI) and not once a pass.
