@@ -56,6 +56,7 @@ def test_nothing_runs_twice(folder, log):
     assert (folder.groups / "marked-3" / "more.bin").read_bytes() == b"\3"
 
 
+@pytest.mark.slow
 def test_processes_share_the_groups(folder, log):
     groups = [Marked(number, log) for number in range(6)]
     run_groups(folder, groups, n_processes=2, progress=False)
