@@ -78,6 +78,17 @@ def test_fit_then_evaluate(tmp_path, store, capsys):
     assert json.loads((tmp_path / "a" / "history.json").read_text())["step"][-1] == 4
 
 
+def test_fit_steers_to_an_expected_l0(tmp_path, store, capsys):
+    sizes = ["--d-sae", 12, "--n-steps", 150, "--batch-size", 128, "--target-l0", 3]
+    run("fit", store, "--out", tmp_path / "a", *sizes)
+    run("evaluate", tmp_path / "a", "--store", store, "--out", tmp_path / "table.json")
+    row = Report.from_json((tmp_path / "table.json").read_text()).rows[0]
+    assert row.l0 == pytest.approx(3, rel=0.25)
+    with pytest.raises(SystemExit):
+        run("fit", store, "--out", tmp_path / "k", "--model", "TopKSAE", *sizes)
+    assert "--target-l0 steers the prior of SpikeSlabDictionary" in capsys.readouterr().err
+
+
 def test_harvest_reads_a_saved_dataset(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     from probsae.activations import harvest as module

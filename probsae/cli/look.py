@@ -1,0 +1,94 @@
+"""`probsae evaluate`, `inspect` and `report`: what fitted dictionaries are worth, and hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from probsae.activations.store import ActivationStore
+from probsae.evaluate import evaluate as run_evaluation
+from probsae.models.files import load
+from probsae.report.inspect import feature_page
+from probsae.report.run_folder import gather_run, report_run
+
+
+def evaluate(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    store: Path,
+    held_out: float = 0.1,
+    n_tokens: int = 32_768,
+    out: Path | None = None,
+) -> None:
+    """Compare fitted dictionaries on held-out activations of a store.
+
+    Args:
+        runs: Folders that `probsae fit` wrote.
+        store: Activations; the share at the end of the text is used.
+        held_out: The share that `fit` left out.
+        n_tokens: Tokens to evaluate on, at most.
+        out: File for the table, .json or .md.
+    """
+    if not runs:
+        raise ValueError("evaluate needs at least one run")
+    _, rest = ActivationStore(store).split(held_out)
+    dictionaries = {
+        str(run): load(run / "model" if (run / "model").exists() else run) for run in runs
+    }
+    report = run_evaluation(dictionaries, rest, n_tokens=n_tokens)
+    Console().print(report.rich_table())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report.to_json() if out.suffix == ".json" else report.to_markdown() + "\n")
+
+
+def inspect(
+    run: Annotated[Path, tyro.conf.Positional],
+    feature: int,
+    store: Path | None = None,
+    tokenizer: str | None = None,
+    n_tokens: int = 16_384,
+) -> None:
+    """Show one feature: rate, uncertainty, neighbours, most certain and most doubtful tokens.
+
+    Args:
+        run: Folder that `probsae fit` or `probsae compare` wrote.
+        feature: Its row in the dictionary.
+        store: Activations to show it on; by default those of the fit, the held-out end.
+        tokenizer: Model whose tokenizer reads the store's tokens; "none" shows their ids.
+        n_tokens: Tokens to look at, at most.
+    """
+    features, _ = gather_run(run, store=store, tokenizer=tokenizer, n_tokens=n_tokens)
+    try:
+        page = feature_page(features, feature)
+    except IndexError as error:
+        raise ValueError(str(error)) from error
+    Console().print(page)
+
+
+def report(
+    run: Annotated[Path, tyro.conf.Positional],
+    store: Path | None = None,
+    tokenizer: str | None = None,
+    n_tokens: int = 16_384,
+    effects: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Write a page to browse a run's features in: one file, no server, no network.
+
+    Args:
+        run: Folder that `probsae fit` or `probsae compare` wrote.
+        store: Activations to show features on; by default those of the fit, the held-out end.
+        tokenizer: Model whose tokenizer reads the store's tokens; "none" shows their ids. By
+            default the model that was harvested.
+        n_tokens: Tokens to look at, at most.
+        effects: Language model to read each feature's effect on the next token from; "none" shows
+            none. By default the model that was harvested, where it is a file or folder here.
+        out: The page; by default report.html in the run folder.
+    """
+    page = report_run(
+        run, store=store, tokenizer=tokenizer, n_tokens=n_tokens, logit_effects=effects, out=out
+    )
+    print(f"written: {page}")
