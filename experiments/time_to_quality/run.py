@@ -125,7 +125,7 @@ def tuning_trials() -> list[Trial]:
     return [
         Trial(model, TUNING_SEED, N_TUNING_STEPS, {"k": k}, rate)
         for model in RIVALS
-        for k in (4, 5, 6, 8)
+        for k in (4, 5, 6, 8, 12, 16)
         for rate in (3e-3, 1e-2)
     ]
 
