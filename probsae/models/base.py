@@ -23,6 +23,9 @@ from probsae.activations.scaling import limit_norms
 from probsae.activations.source import check_activations
 from probsae.models.code_posterior import CodePosterior
 
+# Tokens that the encoder's first scale is taken from: one number, right to a percent.
+_N_SHORTENING = 1_024
+
 
 class SparseDictionary(nn.Module, ABC):
     r"""x = z W_dec + b_dec + noise, with sparse codes z; probabilistic and deterministic alike.
@@ -63,6 +66,10 @@ class SparseDictionary(nn.Module, ABC):
     code_scales: ClassVar[tuple[str, ...] | None] = None
     """Parameters in units of each feature's code, last axis d_sae; those named `log_` are
     logarithms. None where the encoder cannot follow a change of these units or directions."""
+
+    shortened_at_start: ClassVar[tuple[str, ...]] = ()
+    """Filters of an encoder in one step, which `initialize_` scales until it no longer overshoots.
+    An encoder with lateral steps sees to that itself."""
 
     frozen_in_warmup: tuple[str, ...] = ()
     """Parameters that `fit` leaves alone until the KL weight has reached 1."""
@@ -294,6 +301,7 @@ class SparseDictionary(nn.Module, ABC):
         `b_dec` becomes the geometric median, the noise scale the data's deviation per dimension
         (nothing is explained yet), and the noise floor, where none was given, a fifth of that:
         4% of the variance. Massive tokens are shortened first: they say nothing of the others.
+        The encoder's filters are scaled so that the first reconstruction is no larger than fits.
         """
         if bool(self.is_initialized):
             return
@@ -306,7 +314,22 @@ class SparseDictionary(nn.Module, ABC):
             if self.noise_floor == 0:
                 self.noise_floor.copy_(0.2 * deviation)
         self.initialize_codes_(x_centered)
+        if self.shortened_at_start:
+            self._shorten_encoder_(x_centered[:_N_SHORTENING])
         self.is_initialized.fill_(True)
+
+    def _shorten_encoder_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
+        """Scale the filters by the slope, at most 1, of tokens against their reconstructions.
+
+        Filters that are their directions explain a token some d_sae / d_in times over. From there
+        gradients shut most features before they have moved anywhere.
+        """
+        x_hat = self.decode(self.encode(x_centered + self.b_dec).mean)
+        deviation = x_hat - x_hat.mean(0)
+        factor = (x_centered * deviation).sum() / deviation.square().sum()
+        if 0 < factor < 1:
+            for name in self.shortened_at_start:
+                self.get_parameter(name).mul_(factor)
 
     # ------------------------------------------------------------ Pyro programs
 

@@ -58,6 +58,7 @@ class LaplaceDictionary(SparseDictionary):
         "log_sharpness",
         "log_code_scale",
     )
+    shortened_at_start = ("W_enc",)
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class RectifiedGaussianDictionary(SparseDictionary):
         "code_prior.slab_mean",
         "code_prior.log_slab_scale",
     )
+    shortened_at_start = ("W_enc",)
     frozen_in_warmup = ("code_prior.rate_logit",)
     schedule_defaults = GENTLE_SCHEDULE
 

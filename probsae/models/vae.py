@@ -56,6 +56,7 @@ class SparseVAE(SparseDictionary):
     default_learning_rate = 3e-3
     dimensional = ("b_dec", "code_prior.slab_mean")
     frozen_in_warmup = ("code_prior.rate_logit",)
+    shortened_at_start = ("W_enc",)
     schedule_defaults = GENTLE_SCHEDULE
 
     data_scale: Tensor

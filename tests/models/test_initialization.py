@@ -39,3 +39,40 @@ def test_massive_tokens_do_not_set_the_scales():
             )
         )
     assert (scales[1] / scales[0]).tolist() == pytest.approx([1.0] * 4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ps.ReLUSAE(16, 256),
+        lambda: ps.GatedSAE(16, 256),
+        lambda: ps.JumpReLUSAE(16, 256),
+        lambda: ps.BatchTopKSAE(16, 256, k=32),
+        lambda: ps.TopKSAE(16, 256, k=32),
+        lambda: ps.LaplaceDictionary(16, 256),
+        lambda: ps.RectifiedGaussianDictionary(16, 256),
+        lambda: ps.SparseVAE(16, 256),
+    ],
+)
+def test_the_first_reconstruction_does_not_overshoot(make):
+    x = 3 * torch.randn(1_000, 16) + 5
+
+    torch.manual_seed(0)
+    model = make()
+    model.initialize_(x)
+    x_hat = model.decode(model.encode(x).mean).detach()
+    deviation = x_hat - x_hat.mean(0)
+    slope = float((x * deviation).sum() / deviation.square().sum())
+    assert slope > 0.8
+    if not isinstance(model, ps.JumpReLUSAE | ps.LaplaceDictionary):  # these have thresholds
+        assert slope < 1.25
+    norms = model.W_enc.detach().norm(dim=0)
+    assert float(norms.max()) < 0.7
+
+
+def test_filters_that_are_short_enough_are_left_alone():
+    model = ps.ReLUSAE(d_in=16, d_sae=8)
+    with torch.no_grad():
+        model.W_enc.mul_(0.3)
+    model.initialize_(torch.randn(1_000, 16))
+    assert model.W_enc.norm(dim=0).tolist() == pytest.approx([0.3] * 8)

@@ -85,9 +85,9 @@ def test_posterior_is_a_posterior(variant):
 @every
 def test_draws_have_the_posteriors_moments(variant):
     model, x = build(variant)
-    post = model.encode(x[:4])
+    post = model.encode(x[:8])
     draws = post.sample(4000)
-    assert draws.shape == (4000, 4, D_SAE)
+    assert draws.shape == (4000, 8, D_SAE)
     # With fewer than 80 active draws a mean is far from normal: those codes are left out here.
     seen = (post.p_active > 0.02) | (post.variance == 0)
     assert seen.sum() > 4
