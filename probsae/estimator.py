@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from probsae.inference.fit import fit
 from probsae.metrics.reconstruction import fvu
 from probsae.models.base import SparseDictionary
+from probsae.models.code_posterior import CodePosterior
 from probsae.models.spike_slab import SpikeSlabDictionary
 
 
@@ -102,6 +103,14 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         """Return the codes' posterior means, shape (token, n_components)."""
         x, dtype = self._validated(X)
         return self.dictionary_.encode(x).mean.numpy().astype(dtype)
+
+    def encode(self, X: Any) -> CodePosterior:
+        """Return the posterior of the codes of `X`, in float64; see `SparseDictionary.encode`."""
+        return self.dictionary_.encode(self._validated(X)[0])
+
+    def decode(self, Z: Any) -> np.ndarray:
+        """Return the activations that codes stand for; another name of `inverse_transform`."""
+        return self.inverse_transform(Z)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probability that each feature is active, shape (token, n_components)."""

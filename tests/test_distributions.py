@@ -165,6 +165,43 @@ def test_evidence_far_below_zero_leaves_a_proper_law():
     assert bool((q.p_active < p.p_active).all())
 
 
+@pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
+def test_slabs_far_from_zero_for_their_width(slab):
+    """Codes of nearly one size: the ratio goes to 100, whose square exp does not hold."""
+    ratio = torch.tensor([5.0, 10, 11, 15, 30, 100], **DOUBLE)
+    p = SpikeSlab(torch.full((6,), -3.0, **DOUBLE), slab(torch.ones(6, **DOUBLE), 1 / ratio))
+    evidence = torch.tensor([-0.5, 0.0, 0.4, 0.7, 1.0, 1.3], **DOUBLE)[:, None].expand(6, 6)
+    q = TiltedSpikeSlab(p, evidence, torch.full((6,), 100.0, **DOUBLE))
+    general = SpikeSlab(q.logits, q.slab)
+    torch.testing.assert_close(q.p_active, q.logits.sigmoid())
+    torch.testing.assert_close(q.mean, general.mean)
+    # Differences of terms as large as the squared ratio.
+    torch.testing.assert_close(q.divergence, kl_divergence(general, p), rtol=1e-9, atol=1e-9)
+    assert 0.01 < float(q.p_active.max()) <= 1
+
+
+@pytest.mark.parametrize("lowest_evidence", [-2.0, 0.3])
+def test_gradients_where_the_evidence_is_held_at_its_bound(lowest_evidence):
+    p = prior(TruncatedNormal)
+    evidence = torch.linspace(lowest_evidence, lowest_evidence + 1, 4, **DOUBLE).expand(2, 4)
+    inputs = (evidence.clone().requires_grad_(), torch.full((4,), 3.0, **DOUBLE).requires_grad_())
+    assert torch.autograd.gradcheck(lambda e, q: rough_tilted_mean(p, e, q), inputs)
+    far = (evidence - 30).clone().requires_grad_(), inputs[1]
+    assert torch.autograd.gradcheck(lambda e, q: TiltedSpikeSlab(p, e, q).divergence, far)
+
+
+def test_a_posterior_stays_that_of_the_prior_it_was_made_with():
+    logits = torch.zeros(4, **DOUBLE)
+    p = SpikeSlab(logits, prior(Normal).slab)
+    q = TiltedSpikeSlab(p, torch.randn(3, 4, **DOUBLE), torch.ones(4, **DOUBLE))
+    before = SpikeSlab(q.logits.clone(), q.slab)
+    logits += 2
+    expected = kl_divergence(before, p)
+    torch.testing.assert_close(kl_divergence(q, p), expected)
+    fresh = TiltedSpikeSlab(SpikeSlab(torch.zeros(4, **DOUBLE), p.slab), q._evidence, q._precision)
+    torch.testing.assert_close(kl_divergence(fresh, p), expected)
+
+
 def test_tilted_divergence_from_another_prior_is_the_general_one():
     p, other = prior(Normal), SpikeSlab(torch.zeros(4, **DOUBLE), prior(Normal).slab)
     q = TiltedSpikeSlab(p, torch.randn(3, 4, **DOUBLE), torch.ones(4, **DOUBLE))

@@ -37,6 +37,14 @@ def test_finds_known_features_and_gives_probabilities():
     )  # fmt: skip
 
 
+def test_the_four_verbs():
+    X = np.random.default_rng(0).normal(size=(50, 6))
+    estimator = ps.DictionaryEstimator(n_components=8, n_steps=5).fit(X)
+    np.testing.assert_allclose(estimator.encode(X).mean.numpy(), estimator.transform(X))
+    Z = estimator.transform(X)
+    np.testing.assert_array_equal(estimator.decode(Z), estimator.inverse_transform(Z))
+
+
 def test_same_seed_same_model():
     X = np.random.default_rng(0).normal(size=(50, 6))
     fits = [ps.DictionaryEstimator(n_components=8, n_steps=5, random_state=3).fit(X) for _ in "ab"]

@@ -224,7 +224,7 @@ def facts(
         z = method.codes(x)
         l0[name] = float((z != 0).float().sum(1).mean())
         if method.decode is not None:
-            fvu[name] = ps.metrics.fvu(x, method.decode(z))
+            fvu[name] = ps.metrics.fvu(x, method.decode(z).cpu())
     # Of a posterior, the expected number.
     expected = float(methods["SpikeSlab, p_active"].codes(x).sum(1).mean())
     l0["SpikeSlab, p_active"] = l0["SpikeSlab, mean"] = expected

@@ -104,7 +104,7 @@ def measure(
     rates = torch.zeros(row["d_sae"], dtype=torch.float64)
     n_seen = 0
     for x in held_out.sequential(4_096):
-        rates += dictionary.encode(x).p_active.double().sum(0)
+        rates += dictionary.encode(x).p_active.double().sum(0).cpu()
         n_seen += len(x)
     counts, edges = ps.metrics.density_histogram((rates / n_seen).float(), n_bins=12)
     row["density_histogram"] = {"counts": counts.tolist(), "log10_rate": edges.tolist()}

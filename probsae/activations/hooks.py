@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,12 +45,16 @@ class HookPoint:
         """
         if self.at_input:
             return self.module.register_forward_pre_hook(
-                lambda module, args: _edit_first(args, edit)
+                lambda module, args, named: _edit_input(args, named, edit), with_kwargs=True
             )
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, Tensor):
                 return edit(output)
+            if isinstance(output, MutableMapping):  # a Hugging Face model's output
+                name = next(iter(output))
+                edited = edit(output[name])
+                return None if edited is None else _replaced(output, name, edited)
             return _edit_first(output, edit)
 
         return self.module.register_forward_hook(hook)
@@ -58,6 +63,27 @@ class HookPoint:
 def _edit_first(values: tuple[Any, ...], edit: Edit) -> tuple[Any, ...] | None:
     edited = edit(values[0])
     return None if edited is None else (edited, *values[1:])
+
+
+def _edit_input(
+    args: tuple[Any, ...], named: dict[str, Any], edit: Edit
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Edit the first tensor that a module is called with, by place or by name."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            edited = edit(value)
+            return None if edited is None else ((*args[:i], edited, *args[i + 1 :]), named)
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            edited = edit(value)
+            return None if edited is None else (args, {**named, name: edited})
+    raise ValueError("the module is called without a tensor: hook another one")
+
+
+def _replaced(output: MutableMapping[str, Any], name: str, value: Tensor) -> Any:
+    changed = copy.copy(output)
+    changed[name] = value
+    return changed
 
 
 def find_hook(model: nn.Module, name: str) -> HookPoint:

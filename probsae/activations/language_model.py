@@ -64,7 +64,14 @@ class LanguageModel:
 
     def decode(self, token_ids: Sequence[int]) -> list[str]:
         """Text of each token on its own."""
-        return [self.tokenizer.decode([int(i)]) for i in token_ids]
+        ids = [int(i) for i in token_ids]
+        texts = [self.tokenizer.decode([i]) for i in ids]
+        # A SentencePiece tokenizer leaves out the space in front of a text's first token.
+        pieces = [self.tokenizer.convert_ids_to_tokens(i) for i in ids]
+        return [
+            f" {text}" if str(piece).startswith("\u2581") and not text.startswith(" ") else text
+            for text, piece in zip(texts, pieces, strict=True)
+        ]
 
     def logits(
         self, token_ids: Int[Tensor, "sequence position"]

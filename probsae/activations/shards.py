@@ -157,8 +157,10 @@ def _read_header(path: Path) -> tuple[dict, int]:
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
             size = os.fstat(file.fileno()).st_size
+            if length > size - 8:
+                raise ValueError(f"its header has {length} bytes, the file {size}")
+            header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         needed = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
     except FileNotFoundError as error:

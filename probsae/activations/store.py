@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from probsae.activations.shards import CorruptShardError, Shard, checksum
+from probsae.activations.shards import DTYPES, CorruptShardError, Shard, checksum
 from probsae.activations.store_writer import INDEX, SETTINGS
 
 # Entries of a pass's permutation, at most: 32 MB. Larger stores draw runs of neighbours together.
@@ -58,6 +58,8 @@ class ActivationStore:
         try:
             self.d_in = int(self.index["d_in"])
             dtype, entries = self.index["dtype"], self.index["shards"]
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype {dtype!r}, which is none of {sorted(DTYPES)}")
             sizes = [int(entry["n_tokens"]) for entry in entries]
             files = [self.path / entry["file"] for entry in entries]
         except (KeyError, TypeError, ValueError) as error:

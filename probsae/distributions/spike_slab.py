@@ -56,6 +56,11 @@ class SpikeSlab(TorchDistribution):
         )
         return SpikeSlab(self.logits.detach(), slab, validate_args=False)
 
+    def clone(self) -> SpikeSlab:
+        """Return the same law of parameters of its own."""
+        slab = type(self.slab)(self.slab.loc.clone(), self.slab.scale.clone(), validate_args=False)
+        return SpikeSlab(self.logits.clone(), slab, validate_args=False)
+
     @property
     def p_active(self) -> Tensor:
         """gamma, the probability that the code is not zero."""

@@ -61,8 +61,9 @@ class TiltedSpikeSlab(SpikeSlab):
     """
 
     def __init__(self, prior: SpikeSlab, evidence: Tensor, precision: Tensor):
-        self.prior, self._evidence, self._precision = prior.detach(), evidence, precision
-        self._given_logits = prior.logits
+        # Copies: parameters change in place, and the posterior is that of the prior it was given.
+        self.prior, self._evidence, self._precision = prior.detach().clone(), evidence, precision
+        self._given_logits, self._given_version = prior.logits, _version(prior.logits)
         # Evidence far below zero says no more on the half line; beyond that ratio the closed
         # forms lose their digits, and with them the divergence its sign.
         self._is_half_line = isinstance(prior.slab, TruncatedNormal)
@@ -206,19 +207,20 @@ class _Moments(torch.autograd.Function):
         if lowest > -math.inf:
             evidence = torch.maximum(evidence, (lowest - shift) / gain)
         ratio = gain * evidence + shift
-        # Odds of being active over exp(log_odds); past exp(60) their logarithm goes on alone.
+        # Odds of being active; past exp(60) their logarithm goes on alone. log_odds holds minus
+        # half the squared ratio of the prior's slab, as large as `level`: only the sum is bounded.
         level = 0.5 * ratio.square()
         if is_half_line:
-            kept = level.clamp(max=60)
-            density = torch.exp(-kept)
+            density = torch.exp(-level)
             below = mills_ratio(ratio.abs()) / _SQRT_2PI
             weight = torch.where(ratio >= 0, density, 1.0)
             mass = torch.where(
                 ratio >= 0, 1 - below * density, below
             )  # Phi(a), over exp(-a^2/2) below 0
             hazard = weight / (_SQRT_2PI * mass)
-            odds = log_odds.exp() * (mass / weight)
-            excess = torch.where(ratio >= 0, level - kept, 0.0)
+            total = log_odds + torch.where(ratio >= 0, level, 0.0)
+            kept = total.clamp(max=60)
+            odds, excess = torch.exp(kept) * mass, total - kept
             first = ratio + hazard
             spread = (1 - hazard * first).clamp(min=0)
         else:
@@ -280,9 +282,12 @@ class _Moments(torch.autograd.Function):
         by_natural = by_natural + on_first * c_11 + on_second * c_12
         by_half = by_half + on_first * c_12 + on_second * c_22
         by_evidence = precision * by_natural
+        natural_by_precision = evidence
         if is_inside is not None:
             by_evidence = by_evidence * is_inside
-        by_precision = sum_over_tokens(evidence * by_natural - 0.5 * by_half)
+            # On the bound the ratio is held, n + m_0/t^2 = lowest sqrt(P + 1/t^2).
+            natural_by_precision = torch.where(is_inside, evidence, 0.5 * ctx.lowest * scale)
+        by_precision = sum_over_tokens(natural_by_precision * by_natural - 0.5 * by_half)
         return by_evidence, by_precision, None, None, None, None, None, None, None
 
 
@@ -374,8 +379,15 @@ def _is_its_prior(q: TiltedSpikeSlab, p: SpikeSlab) -> bool:
 
     The first needs no look at the values, for which a GPU would have to be waited for.
     """
-    if q._given_logits is p.logits:
+    if q._given_logits is p.logits and q._given_version == _version(p.logits):
         return True
     a, b = q.prior, p
     pairs = [(a.logits, b.logits), (a.slab.loc, b.slab.loc), (a.slab.scale, b.slab.scale)]
     return type(a.slab) is type(b.slab) and all(bool((u == v).all()) for u, v in pairs)
+
+
+def _version(tensor: Tensor) -> int:
+    """Count the changes made in place; a compiled step holds its parameters anyway."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version

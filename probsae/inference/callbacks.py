@@ -52,6 +52,10 @@ class FitState:
     history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
 
+    def has_failed(self) -> bool:
+        """Whether a step was not finite, and the host has yet to see it; waits for the device."""
+        return self.is_bad is not None and bool(self.is_bad)
+
     def log(self, values: dict[str, float]) -> None:
         """Add a line to the history, under the number of steps done."""
         for name, value in {"step": self.step, **values}.items():
@@ -100,7 +104,8 @@ class Checkpoint(Callback):
         check_replaceable(self.path, CHECKPOINT_FILES)
 
     def on_step(self, state: FitState) -> None:
-        if state.step % self.every == 0 or state.step == state.n_steps:
+        is_due = state.step % self.every == 0 or state.step == state.n_steps
+        if is_due and not state.has_failed():
             save_checkpoint(self.path, state)
 
 
@@ -113,12 +118,28 @@ def save_checkpoint(path: Path, state: FitState) -> None:
         for name, value in moments.items()
     }
     tensors["rng"] = torch.get_rng_state()
+    if state.device.type == "cuda":
+        tensors["cuda_rng"] = torch.cuda.get_rng_state(state.device)
     settings = {"n_steps": state.n_steps, "seed": state.seed, **state.settings}
-    progress = {"step": state.step, "settings": settings}
+    factors = [group["factor"] for group in state.optimizer.param_groups]
+    progress = {"step": state.step, "settings": settings, "factors": factors}
     with atomic_write(path, CHECKPOINT_FILES) as folder:
         save_dictionary(state.model, folder)
         save_file(tensors, folder / "optimizer.safetensors")
         (folder / "fit.json").write_text(json.dumps({**progress, "history": state.history}))
+
+
+def check_checkpoint(path: str | Path) -> Path:
+    """Return the path if there is a complete checkpoint.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    if not (Path(path) / "fit.json").exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: it needs fit.json; check the path")
+    return Path(path)
 
 
 def load_checkpoint(path: str | Path, state: FitState) -> None:
@@ -131,9 +152,7 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
     ValueError
         If the checkpoint belongs to another model, seed, number of steps, batch size or rate.
     """
-    path = Path(path)
-    if not (path / "fit.json").exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: it needs fit.json; check the path")
+    path = check_checkpoint(path)
     saved = json.loads((path / "fit.json").read_text())
     settings = {"n_steps": state.n_steps, "seed": state.seed, **state.settings}
     for name, value in settings.items():
@@ -145,11 +164,16 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
     state.model.load_state_dict(load_file(path / "model.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng"))
+    cuda_rng = tensors.pop("cuda_rng", None)
+    if cuda_rng is not None and state.device.type == "cuda":
+        torch.cuda.set_rng_state(cuda_rng, state.device)
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".")
         moments.setdefault(int(index), {})[name] = value
     groups = state.optimizer.state_dict()["param_groups"]
+    for group, factor in zip(groups, saved["factors"], strict=True):
+        group["factor"] = factor  # in units of the data that the fit began with
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for parameter, values in state.optimizer.state.items():
         for name, value in values.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, size_of
-from probsae.inference.callbacks import Callback, FitState, load_checkpoint
+from probsae.inference.callbacks import Callback, FitState, check_checkpoint, load_checkpoint
 from probsae.inference.guard import FiniteGuard, NonFiniteElboError
 from probsae.inference.loop import Fits, progress_bar, run
 from probsae.inference.schedule import Schedule
@@ -30,6 +30,7 @@ from probsae.inference.step import (
     LossFunction,
     Precision,
     Step,
+    check_precision,
     piece_tokens,
     products_in,
     training_step,
@@ -161,9 +162,13 @@ def fit(
     learning_rate = check_rate(
         model.default_learning_rate if learning_rate is None else learning_rate
     )
+    check_precision(precision)
+    if resume is not None:
+        check_checkpoint(resume)
     check_fit_memory(model, piece_tokens(model, batch_size), device)
     first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in)
     model.to(device)
+    was_initialized, floor = bool(model.is_initialized), model.noise_floor.clone()
     model.initialize_(first)
     model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
@@ -173,18 +178,21 @@ def fit(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), products_in(model, precision):
         torch.manual_seed(seed)
-        if resume is not None:
-            load_checkpoint(resume, state)
-            stream = itertools.islice(stream, state.step, None)
         model.train()
         single = _SingleFit(state, step, schedule, learning_rate, list(callbacks))
-        single.n_tokens = state.step * batch_size
         try:
+            if resume is not None:
+                load_checkpoint(resume, state)
+                stream = itertools.islice(stream, state.step, None)
+                single.n_tokens = state.step * batch_size
             with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
                 run(single, stream, bar)
         except BaseException:
             for callback in single.callbacks:
                 callback.on_failure(state)
+            if state.step == 0 and not was_initialized:
+                model.is_initialized.fill_(False)  # the next fit's data set the scales
+                model.noise_floor.copy_(floor)
             raise
         finally:
             model.noise_factor.fill_(1.0)

@@ -83,6 +83,9 @@ def run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
             fits.show(bar)
         fits.call_back()
     if fits.step < fits.n_steps:
+        fits.check()  # steps since the last look
+        if fits.has_stopped:
+            return
         warnings.warn(
             f"the data ended after {fits.step} of {fits.n_steps} steps, and so did the fit; "
             "pass a tensor or a store to have several passes",

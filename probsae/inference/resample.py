@@ -73,7 +73,7 @@ class ResampleDeadFeatures(Callback):
         assert state.objective is not None
         fired = state.objective.firing_rate > 0
         self.last_fired = torch.where(fired, state.step, self.last_fired)
-        if state.step in self.steps:
+        if state.step in self.steps and not state.has_failed():
             is_dead = state.step - self.last_fired >= self.dead_after
             self._resample(state, is_dead.nonzero().flatten())
             self.last_fired[is_dead] = state.step
@@ -101,7 +101,7 @@ class ResampleDeadFeatures(Callback):
         _set(state, model.W_dec, dead, direction)
         _set(state, model.W_enc, (slice(None), dead), _ENCODER_SHARE * norm * direction.T)
         for name, parameter in model.named_parameters():
-            if parameter.shape == (model.d_sae,):
+            if parameter.shape == (model.d_sae,) and name != "b_dec":
                 # A JumpReLU's threshold has no zero: the alive features' stands in for it.
                 is_threshold = name == "log_threshold" and bool(is_alive.any())
                 value = float(parameter[is_alive].mean()) if is_threshold else 0.0

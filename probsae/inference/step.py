@@ -113,7 +113,8 @@ def _differentiate(
     n_tokens: int | None = None,
 ) -> Objective:
     """Add the gradient of the loss, taken over pieces of `n_tokens`, to the model's."""
-    pieces = (x,) if n_tokens is None else x.split(n_tokens)
+    # An iterator's batches may be larger than it was told.
+    pieces = (x,) if n_tokens is None or model.couples_tokens else x.split(n_tokens)
     total: list[Tensor] | None = None
     for piece in pieces:
         terms = function(model, piece, kl_weight)
@@ -125,13 +126,18 @@ def _differentiate(
     return Objective(*total)
 
 
+def check_precision(precision: Precision) -> Precision:
+    """Return `precision` if products can be taken in it."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
+    return precision
+
+
 class products_in:
     """Run the model's matrix products in a lower precision inside a with-block."""
 
     def __init__(self, model: SparseDictionary, precision: Precision):
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
-        self.model, self.precision = model, precision
+        self.model, self.precision = model, check_precision(precision)
         self.before = torch.get_float32_matmul_precision()
 
     def __enter__(self) -> None:

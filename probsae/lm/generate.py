@@ -54,7 +54,11 @@ def generate(
     network: Any = model.network
     if not hasattr(network, "generate"):
         raise TypeError(f"generation needs a Hugging Face model, got {type(network).__name__}")
-    ids = model.tokenize([prompt])[0] if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str):
+        begin = [] if model.bos_token_id is None else [model.bos_token_id]
+        ids = [*begin, *model.tokenize([prompt])[0]]
+    else:
+        ids = list(prompt)
     if not ids or temperature < 0:
         raise ValueError(
             f"prompt must hold a token and temperature be at least 0, got {len(ids)} tokens and "
@@ -71,6 +75,7 @@ def generate(
             start.expand(n_samples, -1),
             attention_mask=torch.ones_like(start).expand(n_samples, -1),
             max_new_tokens=n_tokens,
+            repetition_penalty=1.0,
             pad_token_id=network.generation_config.pad_token_id or 0,
             **options,
         )

@@ -19,6 +19,8 @@ Slab = Literal["normal", "half_normal", "truncated_normal"]
 
 # Where gates begin: .04 x 768 is some 30 features a token, enough that each gets a gradient.
 _INITIAL_RATE = 0.04
+# Of the norm that 99 tokens in 100 stay below: what is shorter is the location, but for rounding.
+_EMPTY = 1e-3
 TYPICAL_L0 = 30
 """Features a token takes where a fit begins: what data-driven initial scales assume."""
 # For encoders without lateral steps, whose gates are undecided for longer: at a fifth of the KL
@@ -120,9 +122,12 @@ def typical_code_size(x_centered: Float[Tensor, "token d_in"]) -> float:
     """Guess a code's size: with as many features active as the initial rate has in 768.
 
     A token of L active features with unit directions and codes c has norm c sqrt(L); L = 30 is
-    where the gates begin, and the fit goes on from there.
+    where the gates begin, and the fit goes on from there. Empty tokens, which hold no code, do not
+    count: noise aside they lie on the location.
     """
-    return max(float(x_centered.norm(dim=1).median()) / math.sqrt(TYPICAL_L0), 1e-12)
+    norms = x_centered.norm(dim=1)
+    size = float(norms[norms >= _EMPTY * norms.quantile(0.99)].median())
+    return max(size / math.sqrt(TYPICAL_L0), 1e-12)
 
 
 def leading_variance_share(

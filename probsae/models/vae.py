@@ -84,10 +84,11 @@ class SparseVAE(SparseDictionary):
                 raise ValueError(f"{name}_hidden must be at least 1, got {width}")
         self.prior_kind: Prior = prior
         self.encoder_hidden, self.decoder_hidden = encoder_hidden or d_sae, decoder_hidden
-        self.code_prior = SpikeSlabPrior(d_sae, "truncated_normal", rate_prior)
+        self.rate_prior = tuple(rate_prior)
+        self.code_prior = None
+        if prior == "spike_slab":
+            self.code_prior = SpikeSlabPrior(d_sae, "truncated_normal", rate_prior)
         self.log_prior_scale = nn.Parameter(torch.zeros(d_sae), requires_grad=prior == "laplace")
-        for parameter in self.code_prior.parameters():
-            parameter.requires_grad_(prior == "spike_slab")
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.encoder = _mlp(d_in, self.encoder_hidden, 2 * d_sae)
         self.decoder = _mlp(d_sae, decoder_hidden, d_in) if decoder_hidden else None
@@ -100,12 +101,12 @@ class SparseVAE(SparseDictionary):
             "prior": self.prior_kind,
             "encoder_hidden": self.encoder_hidden,
             "decoder_hidden": self.decoder_hidden,
-            "rate_prior": list(self.code_prior.rate_prior),
+            "rate_prior": list(self.rate_prior),
             "learn_noise": self.learn_noise,
         }
 
     def prior(self) -> Distribution:
-        if self.prior_kind == "spike_slab":
+        if self.code_prior is not None:
             return as_event(self.code_prior())
         scale = self.log_prior_scale.exp()
         return as_event(dist.Laplace(torch.zeros_like(scale), scale, validate_args=False))
@@ -133,11 +134,12 @@ class SparseVAE(SparseDictionary):
     def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
         size = typical_code_size(x_centered)
         self.data_scale.fill_(size)
-        self.code_prior.initialize_(size)
+        if self.code_prior is not None:
+            self.code_prior.initialize_(size)
         self.log_prior_scale.fill_(math.log(0.3 * size))
 
     def log_prior_parameters(self) -> Tensor | None:
-        if self.prior_kind == "laplace":
+        if self.code_prior is None:
             return None
         return self.code_prior.log_density_of_rates()
 

@@ -153,11 +153,18 @@ def damage_header(shard):
     shard.write_bytes(b"\x10" + b"\x00" * 7 + b"not json at all!" + shard.read_bytes()[24:])
 
 
+def damage_length(shard):
+    """One high byte of the header's length: as much memory as there is nowhere."""
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 0x40
+    shard.write_bytes(bytes(content))
+
+
 def damage_missing(shard):
     shard.unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_header, damage_missing])
+@pytest.mark.parametrize("damage", [damage_cut, damage_header, damage_length, damage_missing])
 def test_corrupt_shard_is_named(tmp_path, x, damage):
     write(tmp_path / "s", x)
     damage(tmp_path / "s" / "shard-00001.safetensors")
@@ -195,6 +202,9 @@ def test_garbled_index(tmp_path, x):
     del content["shards"]
     index.write_text(json.dumps(content))
     with pytest.raises(CorruptShardError, match="shards"):
+        ActivationStore(tmp_path / "s")
+    index.write_text(json.dumps({**content, "shards": [], "dtype": "int5"}))
+    with pytest.raises(CorruptShardError, match="'int5', which is none of"):
         ActivationStore(tmp_path / "s")
     index.write_text("{")
     with pytest.raises(CorruptShardError, match="not readable"):

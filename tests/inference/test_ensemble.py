@@ -168,6 +168,59 @@ def test_waves_hold_every_member_once():
     runs = waves([[0, 1, 2], [3, 4]], footprints, budget=48)
     assert runs == [[(0, [0, 1, 2])], [(1, [3])], [(1, [4])]]
     assert [s.stop - s.start for s in split(10, 4)] == [3, 3, 4]
+    assert waves([[0, 1], [2]], footprints, float("inf")) == [[(0, [0, 1]), (1, [2])]]
+
+
+def test_memory_that_nobody_knows_is_enough(source, monkeypatch):
+    monkeypatch.setattr("probsae.inference.ensemble.memory.available_memory", lambda *_: None)
+    results = ps.fit_ensemble(build(ps.ReLUSAE, [{}, {}]), source, **OPTIONS)
+    assert [r.n_steps for r in results] == [N_STEPS] * 2
+
+
+def test_larger_batches_than_were_told_are_not_split_where_tokens_are_counted(source):
+    batches = [source.sample(200)[0].double() for _ in range(6)]
+    options = {**OPTIONS, "n_steps": 6, "batch_size": 50}
+    for cls in (ps.BatchTopKSAE, ps.TopKSAE):
+        models, alone = build(cls, [{"k": 3}] * 2), build(cls, [{"k": 3}] * 2)
+        results = ps.fit_ensemble(models, iter(batches), **options)
+        assert [r.n_tokens for r in results] == [1_200] * 2
+        assert ps.fit(alone[0], iter(batches), **options).n_tokens == 1_200
+        assert_same(models[0], alone[0])
+
+
+class _Notes(Callback):
+    def __init__(self):
+        self.notes = []
+
+    def on_start(self, state):
+        self.notes.append("start")
+
+    def on_end(self, state):
+        self.notes.append("end")
+
+    def on_failure(self, state):
+        self.notes.append("failure")
+
+
+def test_callbacks_hear_of_failures_and_interrupts(source):
+    class Interrupt(Callback):
+        def on_step(self, state):
+            raise KeyboardInterrupt
+
+    notes = [_Notes(), _Notes()]
+    with pytest.raises(KeyboardInterrupt):
+        ps.fit_ensemble(
+            build(ps.ReLUSAE, [{}, {}]), source, callbacks=[[notes[0], Interrupt()], [notes[1]]],
+            **OPTIONS,
+        )  # fmt: skip
+    assert [n.notes for n in notes] == [["start", "failure"]] * 2
+    notes = [_Notes(), _Notes()]
+    with pytest.warns(DivergedMemberWarning):
+        ps.fit_ensemble(
+            build(ps.ReLUSAE, [{}, {"l1_coefficient": 1e300}]), source,
+            callbacks=[[n] for n in notes], learning_rate=[1e-3, 1e30], **OPTIONS,
+        )  # fmt: skip
+    assert [n.notes for n in notes] == [["start", "end"], ["start", "failure"]]
 
 
 class NoHostWaits(TorchDispatchMode):

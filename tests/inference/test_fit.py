@@ -19,7 +19,9 @@ from probsae.inference import (
     Checkpoint,
     FeatureTracker,
     NonFiniteElboError,
+    ResampleDeadFeatures,
     Schedule,
+    TargetL0,
     WandbLogger,
     step,
 )
@@ -139,6 +141,73 @@ def test_where_looking_is_rare_nothing_changes_after_the_bad_step(
         # Rows that are normalised again change in the last bit.
         torch.testing.assert_close(value.detach(), keep.weights[name], rtol=1e-6, atol=1e-7)
     assert all(bool(torch.isfinite(b).all()) for b in model.buffers())
+
+
+def test_where_looking_is_rare_a_bad_step_is_found_at_the_datas_end(source, monkeypatch, tmp_path):
+    """And nothing acts on it before: no checkpoint of later steps, no resampled features."""
+    somewhere_else = property(lambda self: torch.device("meta"), lambda self, value: None)
+    monkeypatch.setattr(_SingleFit, "device", somewhere_else, raising=False)
+    good, _ = source.sample(32)
+    bad = good.clone()
+    bad[5, 2] = 1e30
+    checkpoint, resample = (
+        Checkpoint(tmp_path / "c", every=8),
+        ResampleDeadFeatures([12], dead_after=5),
+    )
+    model = ps.ReLUSAE(8, 12)
+    monkeypatch.setattr(ResampleDeadFeatures, "on_start", _start_counting)
+    with pytest.raises(NonFiniteElboError, match=r"step 10: .*step 9"):
+        ps.fit(
+            model, iter([good] * 9 + [bad] + [good] * 20), n_steps=100, batch_size=32,
+            device="cpu", progress=False, callbacks=[checkpoint, resample],
+        )  # fmt: skip
+    assert json.loads((tmp_path / "c" / "fit.json").read_text())["step"] == 8
+    assert resample.history == []
+
+
+def _start_counting(self, state):
+    """As `ResampleDeadFeatures` begins, but for data that can be had only once."""
+    self.last_fired = torch.full((state.model.d_sae,), state.step, device=state.device)
+
+
+def test_a_fit_that_never_began_leaves_the_scales_to_the_next(source):
+    model = ps.SpikeSlabDictionary(8, 12)
+    floor = float(model.noise_floor)
+    with pytest.raises(ValueError, match="learn_noise=False"):
+        ps.fit(model, 1e3 + source.sample(500)[0], **OPTIONS, callbacks=[TargetL0(3)])
+    assert not bool(model.is_initialized)
+    assert float(model.noise_floor) == floor
+    other = ps.SpikeSlabDictionary(8, 12)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ps.fit(model, source, **OPTIONS, resume="nowhere")
+    assert all(torch.equal(a, other.state_dict()[n]) for n, a in model.state_dict().items())
+
+
+def test_a_loaded_checkpoint_resumes_as_a_fresh_model_does(source, tmp_path):
+    ends = []
+    for load in (False, True):
+        model = small_model()
+        if load:
+            model = ps.load(tmp_path / "c")
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                ps.fit(
+                    small_model(), source, **OPTIONS,
+                    callbacks=[Checkpoint(tmp_path / "c", every=7), _Interrupt(9)],
+                )  # fmt: skip
+        ps.fit(model, source, **OPTIONS, resume=tmp_path / "c")
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+class _Interrupt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, state):
+        if state.step == self.step:
+            raise KeyboardInterrupt
 
 
 def test_any_pyro_elbo_can_be_passed(source):

@@ -24,10 +24,10 @@ class Record(Callback):
         }
 
 
-def run(cls, n_steps=6):
-    data = ps.SyntheticActivations(d_in=8, n_features=10, n_active=3, noise_scale=0.1, seed=0)
+def run(cls, n_steps=6, d_in=8):
+    data = ps.SyntheticActivations(d_in=d_in, n_features=10, n_active=3, noise_scale=0.1, seed=0)
     torch.manual_seed(0)
-    model = cls(d_in=8, d_sae=12)
+    model = cls(d_in=d_in, d_sae=12)
     model.initialize_(data.sample(500, seed=0)[0])
     with torch.no_grad():
         model.b_enc[DEAD] = -100.0
@@ -111,3 +111,11 @@ def test_probabilistic_dictionaries_are_refused():
             ps.SpikeSlabDictionary(4, 6), torch.randn(50, 4), n_steps=1,
             callbacks=[ResampleDeadFeatures([1], dead_after=1)],
         )  # fmt: skip
+
+
+def test_a_square_dictionary_keeps_its_location():
+    """With d_in = d_sae, b_dec has an encoder bias's shape."""
+    _, before, resample, after = run(ps.ReLUSAE, d_in=12)
+    assert resample.history[-1][1] == len(DEAD)
+    assert torch.equal(before.seen["b_dec"], after.seen["b_dec"])
+    assert bool((before.seen["b_dec"] != 0).all())

@@ -40,6 +40,7 @@ def test_a_larger_target_reconstructs_better():
     [
         (ps.SpikeSlabDictionary(4, 8), 2.0, "learn_noise=False"),
         (ps.ReLUSAE(4, 8), 2.0, "learn_noise=False"),
+        (ps.SparseVAE(4, 8, prior="laplace", learn_noise=False), 2.0, "learn_noise=False"),
         (ps.SpikeSlabDictionary(4, 8, learn_noise=False), 8.0, "below d_sae"),
     ],
 )

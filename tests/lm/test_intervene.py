@@ -1,5 +1,7 @@
 """Interventions: exact on hand-made dictionaries, alike with and without a cache."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -171,3 +173,29 @@ def test_pinned_feature_shows_in_smollm2s_text(smollm2):
         pinned = generate(smollm2, prompt, n_tokens=6)
     assert int((pinned == word).sum()) > int((plain == word).sum())
     assert torch.equal(generate(smollm2, prompt, n_tokens=6), plain)
+
+
+def test_hooks_of_modules_that_are_called_by_name_and_of_whole_models():
+    """Llama calls its attention by keyword, and the model inside returns a mapping."""
+    model = tiny_llama()
+    whole = seen_at(model, "model")
+    torch.testing.assert_close(whole, seen_at(model, "model.norm"))
+    normed = seen_at(model, "model.layers.1.input_layernorm")
+    torch.testing.assert_close(seen_at(model, "model.layers.1.self_attn:input"), normed)
+    before = model.logits(IDS)
+    for name in ("model", "model.layers.1.self_attn:input"):
+        handle = find_hook(model.network, name).attach(lambda x: 2 * x)
+        assert not torch.allclose(model.logits(IDS), before)
+        handle.remove()
+    torch.testing.assert_close(model.logits(IDS), before)
+
+
+def test_a_prompt_begins_as_texts_do_and_the_argmax_is_the_models():
+    model = tiny_llama()
+    model.network.generation_config.repetition_penalty = 50.0
+    begun = dataclasses.replace(model, bos_token_id=7)
+    assert torch.equal(generate(begun, "3 4", n_tokens=4), generate(model, [7, 3, 4], n_tokens=4))
+    by_hand = [7, 3, 4]
+    for _ in range(4):
+        by_hand.append(int(model.logits(torch.tensor([by_hand]))[0, -1].argmax()))
+    assert generate(model, [7, 3, 4], n_tokens=4)[0].tolist() == by_hand[3:]

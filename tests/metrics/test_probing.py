@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from probsae.metrics import probing
 from probsae.metrics.probing import probes
-from probsae.metrics.probing.selectivity import balanced_accuracies
+from probsae.metrics.probing.selectivity import _ranking, balanced_accuracies
 from tests.conftest import FALSE_ALARM_RATE
 
 
@@ -360,3 +360,10 @@ def test_posterior_form():
     assert 0 <= lower < upper < sure.of_mean.score
     with pytest.raises(ValueError, match="at least one draw"):
         probing.localise_posterior(codes, [], raw)
+
+
+def test_features_that_tie_with_dead_ones_come_first():
+    """Equally often on in both classes, t is 0: the feature that varies is the one to probe."""
+    train = np.array([[0.0, 0, 1], [0, 0, 0], [0, 0, 1], [0, 0, 0]])
+    labels = np.array([[1, 1, 0, 0]]).astype(bool)
+    assert _ranking(train, labels)[0, 0] == 2

@@ -5,6 +5,7 @@ import torch
 
 import probsae as ps
 from probsae.activations.geometric_median import geometric_median
+from probsae.models.code_priors import typical_code_size
 
 
 def test_location_is_the_geometric_median_and_not_the_mean():
@@ -76,3 +77,14 @@ def test_filters_that_are_short_enough_are_left_alone():
         model.W_enc.mul_(0.3)
     model.initialize_(torch.randn(1_000, 16))
     assert model.W_enc.norm(dim=0).tolist() == pytest.approx([0.3] * 8)
+
+
+@pytest.mark.parametrize("cls", [ps.SpikeSlabDictionary, ps.LaplaceDictionary, ps.ReLUSAE])
+def test_empty_tokens_do_not_set_the_size_of_codes(cls):
+    """Without noise and with few features active most tokens may hold none: they lie on b_dec."""
+    x = torch.nn.functional.normalize(torch.randn(2_000, 6), dim=1) * 4
+    x[torch.rand(2_000) < 0.6] = 0
+    assert typical_code_size(x) == pytest.approx(4 / 30**0.5, rel=1e-5)
+    model = cls(d_in=6, d_sae=8)
+    result = ps.fit(model, x + 3, n_steps=60, batch_size=256, seed=0, device="cpu", progress=False)
+    assert result.history["fvu"][-1] < 0.9

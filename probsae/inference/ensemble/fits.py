@@ -59,6 +59,7 @@ class EnsembleFits(Fits):
             group.advance(x, x_is_finite)
         for _, _, member in self._running():
             member.state.batch = x
+            member.n_tokens += len(x)
 
     def check(self) -> None:
         for group in self.groups:
@@ -71,6 +72,8 @@ class EnsembleFits(Fits):
     def _stop(self, group: Group, i: int, member: Member) -> None:
         step = int(group.guard.bad_step[i])
         member.stop(step - 1, explain(step, CAUSES[int(group.guard.cause[i])]))
+        for callback in member.callbacks:
+            callback.on_failure(member.state)
         warn_of_divergence(member.index, member.state.model, member.failure or "")
 
     def settle(self) -> None:
@@ -100,6 +103,12 @@ class EnsembleFits(Fits):
                 member.state.is_bad = (~group.guard.is_alive[i]).float()
             for callback in member.callbacks:
                 callback.on_step(member.state)
+
+    def fail(self) -> None:
+        """Tell the callbacks that an error or an interrupt ends the fits."""
+        for _, _, member in self._running():
+            for callback in member.callbacks:
+                callback.on_failure(member.state)
 
     def end(self) -> None:
         for _, _, member in self._running():

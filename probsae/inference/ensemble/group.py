@@ -126,7 +126,8 @@ class Group:
     def _dense_gradient(
         self, chunk: _Chunk, x: Tensor
     ) -> tuple[list[Tensor], Tensors, list[Tensor]]:
-        pieces = x.split(self.n_tokens)
+        couples = self.stack.template.couples_tokens
+        pieces = (x,) if couples else x.split(self.n_tokens)
         inputs = (chunk.values, chunk.hyper, chunk.rates.kl_weight)
         shown, buffers, gradients = self._run(self._gradient, *inputs, pieces[0])
         if len(pieces) > 1:

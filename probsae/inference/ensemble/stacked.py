@@ -17,7 +17,7 @@ from probsae.inference.ensemble.group import Group
 from probsae.inference.ensemble.grouping import group
 from probsae.inference.ensemble.member import Member
 from probsae.inference.ensemble.memory import budget
-from probsae.inference.ensemble.waves import Footprint, footprint, waves
+from probsae.inference.ensemble.waves import Footprint, footprint, how_many, waves
 from probsae.inference.fit import FitResult, warn_of_binding_floor
 from probsae.inference.loop import progress_bar, run
 from probsae.inference.schedule import Schedule
@@ -156,18 +156,22 @@ def _run_together(
             groups.append(new)
         for model in [*models, *(new.stack.template for new in groups)]:
             stack.enter_context(products_in(model, setup.precision))
-        run(EnsembleFits(groups), stream, bar)
+        fits = EnsembleFits(groups)
+        try:
+            run(fits, stream, bar)
+        except BaseException:
+            fits.fail()
+            raise
 
 
 def _members_at_a_time(part: _Part, room: float) -> int:
     """How many fit the memory, and on a CPU the cache."""
-    most = max(1, int(room // part.footprint.transient))
-    return min(most, members_at_a_time(part.members[0].state.model, part.n_tokens))
+    most = how_many(room, part.footprint.transient)
+    return min(max(1, most), members_at_a_time(part.members[0].state.model, part.n_tokens))
 
 
 def _result(member: Member, setup: Setup) -> FitResult:
     state = member.state
     if member.failure is None:
         warn_of_binding_floor(state.model)
-    n_seen = state.step * setup.batch_size
-    return FitResult(state.model, state.history, state.step, n_seen, member.failure)
+    return FitResult(state.model, state.history, state.step, member.n_tokens, member.failure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +77,7 @@ def waves(
             )
         start = 0
         while start < len(members):
-            n = min(len(members) - start, int(room // size))
+            n = min(len(members) - start, how_many(room, size))
             if n == 0:
                 result.append([])
                 room = budget - least
@@ -83,3 +85,8 @@ def waves(
             result[-1].append((number, list(members[start : start + n])))
             start, room = start + n, room - n * size
     return result
+
+
+def how_many(room: float, size: float) -> int:
+    """Things of `size` bytes in `room`, which is infinite where nobody knows how much there is."""
+    return sys.maxsize if math.isinf(room) else int(room // size)

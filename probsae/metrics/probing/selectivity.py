@@ -153,8 +153,13 @@ def _answers(
 
 
 def _ranking(train: np.ndarray, labels: np.ndarray) -> Int[np.ndarray, "assignment d_sae"]:
-    """Order the features by |t|, largest first; of equals the first stays first."""
-    return np.argsort(-np.abs(welch_statistics(train, labels)[0]), axis=1, kind="stable")
+    """Order the features by |t|, largest first; of equals the first stays first.
+
+    Features that do not vary come last: no probe can be fitted to them.
+    """
+    size = np.abs(welch_statistics(train, labels)[0])
+    size[:, np.ptp(train, axis=0) == 0] = -1.0
+    return np.argsort(-size, axis=1, kind="stable")
 
 
 def _spaces(train: np.ndarray, test: np.ndarray) -> tuple[ProbeSpace, np.ndarray]:
