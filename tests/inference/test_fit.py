@@ -158,7 +158,7 @@ def test_where_looking_is_rare_a_bad_step_is_found_at_the_datas_end(source, monk
     monkeypatch.setattr(ResampleDeadFeatures, "on_start", _start_counting)
     with pytest.raises(NonFiniteElboError, match=r"step 10: .*step 9"):
         ps.fit(
-            model, iter([good] * 9 + [bad] + [good] * 20), n_steps=100, batch_size=32,
+            model, iter([good] * 9 + [bad] + [good] * 20), n_steps=100, batch_size=600,
             device="cpu", progress=False, callbacks=[checkpoint, resample],
         )  # fmt: skip
     assert json.loads((tmp_path / "c" / "fit.json").read_text())["step"] == 8
