@@ -78,6 +78,18 @@ def test_fit_then_evaluate(tmp_path, store, capsys):
     assert json.loads((tmp_path / "a" / "history.json").read_text())["step"][-1] == 4
 
 
+def test_evaluate_never_looks_at_what_was_fitted(tmp_path, store, capsys):
+    sizes = ["--d-sae", 12, "--n-steps", 4, "--batch-size", 64]
+    run("fit", store, "--out", tmp_path / "a", "--held-out", 0.05, *sizes)
+    run("fit", store, "--out", tmp_path / "b", "--held-out", 0.2, *sizes)
+    runs = [tmp_path / "a", tmp_path / "b"]
+    run("evaluate", *runs, "--store", store, "--out", tmp_path / "table.json")
+    assert Report.from_json((tmp_path / "table.json").read_text()).n_tokens == 100
+    with pytest.raises(SystemExit):
+        run("evaluate", *runs, "--store", store, "--held-out", 0.1)
+    assert "held_out must be at most 0.05" in capsys.readouterr().err
+
+
 def test_fit_steers_to_an_expected_l0(tmp_path, store, capsys):
     sizes = ["--d-sae", 12, "--n-steps", 150, "--batch-size", 128, "--target-l0", 3]
     run("fit", store, "--out", tmp_path / "a", *sizes)

@@ -161,7 +161,7 @@ def _transformers() -> Any:
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "language models need transformers: pip install 'probsae[lm]'"
+            "language models need transformers: pip install '.[lm]'"
         ) from error
     return transformers
 

@@ -12,13 +12,13 @@ from probsae.activations.store import ActivationStore
 from probsae.evaluate import evaluate as run_evaluation
 from probsae.models.files import load
 from probsae.report.inspect import feature_page
-from probsae.report.run_folder import gather_run, report_run
+from probsae.report.run_folder import gather_run, held_out_share, report_run
 
 
 def evaluate(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     store: Path,
-    held_out: float = 0.1,
+    held_out: float | None = None,
     n_tokens: int = 32_768,
     out: Path | None = None,
 ) -> None:
@@ -27,13 +27,13 @@ def evaluate(
     Args:
         runs: Folders that `probsae fit` wrote.
         store: Activations; the share at the end of the text is used.
-        held_out: The share that `fit` left out.
+        held_out: That share; by default what every one of the runs left out.
         n_tokens: Tokens to evaluate on, at most.
         out: File for the table, .json or .md.
     """
     if not runs:
         raise ValueError("evaluate needs at least one run")
-    _, rest = ActivationStore(store).split(held_out)
+    _, rest = ActivationStore(store).split(held_out_share(runs, store, held_out))
     dictionaries = {
         str(run): load(run / "model" if (run / "model").exists() else run) for run in runs
     }

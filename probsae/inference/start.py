@@ -55,7 +55,9 @@ def open_data(
     head = list(itertools.islice(stream, n_first))
     if not head:
         raise ValueError("data must hold at least one batch, got an empty iterator")
-    return check_activations(torch.cat(head), d_in), itertools.chain(head, stream)
+    for x in head:
+        check_activations(x, d_in)  # each on its own: a row number is then one of a batch
+    return torch.cat(head), itertools.chain(head, stream)
 
 
 def adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:

@@ -24,7 +24,7 @@ from probsae.report.payload import feature_payload, finite
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_MISSING = "pages need jinja2 and vl-convert-python: pip install 'probsae[report]'"
+_MISSING = "pages need jinja2 and vl-convert-python: pip install '.[report]'"
 # Read in this order; what a script needs stands in those before it.
 _SCRIPTS = ("format.js", "data.js", "charts.js", "detail.js", "grid.js", "pages.js")
 

@@ -135,6 +135,6 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'probsae[report]'") from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install '.[report]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,33 @@ NO_TOKENIZER = "none"
 def describe_store(store: str | Path, held_out: float) -> str:
     """Return the content of data.json: which activations a dictionary was fitted to."""
     return json.dumps({"store": str(Path(store).resolve()), "held_out": held_out}, indent=2)
+
+
+def held_out_share(
+    runs: Sequence[str | Path], store: str | Path, share: float | None = None
+) -> float:
+    """Return the share at a store's end that no run was fitted to, or check the one that is given.
+
+    Raises
+    ------
+    ValueError
+        If `share` holds tokens of the same store that a run was fitted to.
+    """
+    facts = [_read(Path(run) / DATA) for run in runs]
+    place = str(Path(store).resolve())
+    unseen = {
+        str(run): float(fact["held_out"])
+        for run, fact in zip(runs, facts, strict=True)
+        if fact.get("store") == place
+    }
+    if not unseen:
+        return 0.1 if share is None else share
+    run, least = min(unseen.items(), key=lambda item: item[1])
+    if share is not None and share > least:
+        raise ValueError(
+            f"held_out must be at most {least}, got {share}: {run} was fitted to the rest of {store}"
+        )
+    return least if share is None else share
 
 
 def describe_synthetic(data: SyntheticActivations, method: str) -> str:

@@ -66,5 +66,5 @@ def _import_ray() -> Any:
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--ray needs ray: pip install 'probsae[ray]'") from error
+        raise ModuleNotFoundError("--ray needs ray: pip install '.[ray]'") from error
     return ray

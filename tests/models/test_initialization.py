@@ -48,8 +48,6 @@ def test_massive_tokens_do_not_set_the_scales():
         lambda: ps.ReLUSAE(16, 256),
         lambda: ps.GatedSAE(16, 256),
         lambda: ps.JumpReLUSAE(16, 256),
-        lambda: ps.BatchTopKSAE(16, 256, k=32),
-        lambda: ps.TopKSAE(16, 256, k=32),
         lambda: ps.LaplaceDictionary(16, 256),
         lambda: ps.RectifiedGaussianDictionary(16, 256),
         lambda: ps.SparseVAE(16, 256),

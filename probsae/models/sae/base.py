@@ -42,7 +42,6 @@ class DeterministicSAE(SparseDictionary):
     default_learning_rate = 3e-3
     adam_betas = (0.9, 0.999)
     dimensional = ("b_dec", "b_enc")
-    shortened_at_start = ("W_enc",)
     varying: ClassVar[tuple[str, ...]] = ("reference_logit",)
 
     code_size: Tensor

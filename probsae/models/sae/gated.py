@@ -38,6 +38,7 @@ class GatedSAE(DeterministicSAE):
     """
 
     dimensional = ("b_dec", "b_enc", "b_mag")
+    shortened_at_start = ("W_enc",)
     varying: ClassVar[tuple[str, ...]] = (*DeterministicSAE.varying, "l1_coefficient")
 
     def __init__(self, d_in: int, d_sae: int, *, l1_coefficient: float = 0.1):

@@ -45,6 +45,8 @@ class JumpReLUSAE(DeterministicSAE):
     (4, 16)
     """
 
+    shortened_at_start = ("W_enc",)
+
     l0_coefficient: Tensor
     bandwidth: Tensor
 

@@ -44,6 +44,7 @@ class ReLUSAE(KeepingSAE):
     True
     """
 
+    shortened_at_start = ("W_enc",)
     varying: ClassVar[tuple[str, ...]] = (*KeepingSAE.varying, "l1_coefficient")
 
     def __init__(self, d_in: int, d_sae: int, *, l1_coefficient: float = 0.1):
