@@ -69,7 +69,7 @@ class SparseDictionary(nn.Module, ABC):
 
     shortened_at_start: ClassVar[tuple[str, ...]] = ()
     """Filters of an encoder in one step, which `initialize_` scales until it no longer overshoots.
-    An encoder with lateral steps sees to that itself, and where k limits the codes it hardly does."""
+    One with lateral steps sees to that itself, and one that k limits hardly does."""
 
     frozen_in_warmup: tuple[str, ...] = ()
     """Parameters that `fit` leaves alone until the KL weight has reached 1."""

@@ -60,7 +60,8 @@ def held_out_share(
     run, least = min(unseen.items(), key=lambda item: item[1])
     if share is not None and share > least:
         raise ValueError(
-            f"held_out must be at most {least}, got {share}: {run} was fitted to the rest of {store}"
+            f"held_out must be at most {least}, got {share}: {run} was fitted to the rest of "
+            f"{store}"
         )
     return least if share is None else share
 
