@@ -67,7 +67,8 @@ class LanguageModel:
         ids = [int(i) for i in token_ids]
         texts = [self.tokenizer.decode([i]) for i in ids]
         # A SentencePiece tokenizer leaves out the space in front of a text's first token.
-        pieces = [self.tokenizer.convert_ids_to_tokens(i) for i in ids]
+        to_piece = getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        pieces = texts if to_piece is None else [to_piece(i) for i in ids]
         return [
             f" {text}" if str(piece).startswith("\u2581") and not text.startswith(" ") else text
             for text, piece in zip(texts, pieces, strict=True)

@@ -230,3 +230,17 @@ def test_smollm2_stores_and_has_massive_first_positions(tmp_path, smollm2, corpu
     scale = deep.index["scale"]
     assert scale["standard_deviation"] > 3 * scale["scale"]
     assert scale["massive_token_share"] == pytest.approx(1 / 32)
+
+
+def test_sentencepiece_tokens_keep_their_spaces():
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {"<unk>": 0, "\u2581the": 1, "\u2581cat": 2, "s": 3, "\u2581sat": 4, "\u2581": 5}
+    merges = tokenizers.models.Unigram([(w, -1.0 - i) for w, i in words.items()], unk_id=0)
+    tokenizer = tokenizers.Tokenizer(merges)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    model = dataclasses.replace(tiny_language_model(), tokenizer=fast)
+    ids = model.tokenize(["the cats sat"])[0]
+    assert "".join(model.decode(ids)) == " the cats sat"

@@ -119,5 +119,5 @@ def test_a_failed_page_leaves_the_old_one(tmp_path):
 @pytest.mark.parametrize("missing", ["jinja2", "vl_convert"])
 def test_missing_packages_are_named(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'probsae\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
         html.load_template.__wrapped__()  # past the cache
