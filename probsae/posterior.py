@@ -59,7 +59,9 @@ def to_arviz(
     -------
     arviz.InferenceData, or xarray.DataTree with arviz 1.x
         - `posterior`: `codes` (token, feature), `p_active` (token, feature), `firing_rate`
-          (feature), `noise_scale`; the last three are point estimates, equal in every draw.
+          (feature), `noise_scale`; the last three are point estimates, equal in every draw. Where
+          the model has no firing rates they are the mean of `p_active` over these tokens; a
+          deterministic SAE's noise scale is the constant that its squared error stands for.
         - `posterior_predictive`: `activations` (token, dimension).
         - `log_likelihood`: `activations` (token), log p(x | codes) of each draw, nats. Given
           codes that were inferred from the same token it flatters: `az.loo` on it judges codes,
