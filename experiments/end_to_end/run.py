@@ -11,7 +11,6 @@ finished: a run that was killed goes on.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor
 import probsae as ps
 from experiments.end_to_end.model import CharacterTokenizer, train_language_model
 from experiments.language_models import contexts_of
+from probsae.activations import take
 from probsae.activations.language_model import LanguageModel, load_language_model
 from probsae.inference import TargetL0
 from probsae.lm import ContextActivations, EndToEnd, downstream_fvu, read_tokens, splice
@@ -41,17 +41,17 @@ COLUMNS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Of the output's and the later layers' errors, for one family."""
+def weight_of_errors(model: ps.SparseDictionary, contexts: ContextActivations) -> float:
+    """Return the weight of the output's and the later layers' errors.
 
-    output: float
-    later: float
-
-
-# Deterministic SAEs have no other error to weigh them against. A probabilistic dictionary's stand
-# against the codes' nats: of the order in which its local error does under TargetL0's noise scale.
-WEIGHTS = {"TopKSAE": Weights(1.0, 1.0), "SpikeSlabDictionary": Weights(1e3, 1e3)}
+    Deterministic SAEs have no other error to weigh them against. A probabilistic dictionary's stand
+    against the codes' nats, where a nat or all of a later layer's variance counts as half of the
+    variance of x does in the local error: `TargetL0` then begins near the noise scale it needs.
+    """
+    if model.is_deterministic:
+        return 1.0
+    x = take(contexts, 4_096, seed=0, device="cpu")
+    return 0.5 * float((x - x.mean(0)).square().sum(1).mean())
 
 
 def fit(
@@ -67,7 +67,6 @@ def fit(
 ) -> ps.SparseDictionary:
     """Fit one family under one objective, from the same start."""
     torch.manual_seed(seed)
-    weights = WEIGHTS[family]
     model: ps.SparseDictionary
     if family == "TopKSAE":
         model, callbacks = ps.TopKSAE(d_in=contexts.d_in, d_sae=d_sae, k=l0), []
@@ -77,9 +76,8 @@ def fit(
     objective = None
     if name != "local":
         hooks = later if name == "with downstream" else ()
-        objective = EndToEnd(
-            contexts, later=hooks, output_weight=weights.output, later_weight=weights.later
-        )
+        weight = weight_of_errors(model, contexts)
+        objective = EndToEnd(contexts, later=hooks, output_weight=weight, later_weight=weight)
     ps.fit(
         model, contexts, objective=objective, n_steps=n_steps, batch_size=batch_size, seed=seed,
         callbacks=callbacks,

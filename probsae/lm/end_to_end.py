@@ -32,7 +32,9 @@ class EndToEnd:
     objective.
 
     Where `local_weight` is 0 a learned noise scale is still fitted to what the codes leave over; it
-    has no part in the rest.
+    has no part in the rest. A noise scale that is given (`learn_noise=False`, as for `TargetL0`)
+    weighs the errors of the output and of later layers as it weighs the local one, by one over its
+    square: the weights are then in squared units of the activations.
 
     A probabilistic dictionary is spliced in by draws of its posterior, so that it learns what its
     uncertainty costs: codes m + sqrt(v) e with e standard normal, which have the posterior's mean
@@ -134,6 +136,8 @@ class EndToEnd:
             y, changed = (tokens_of(seen[point.name], first) for seen in (before, after))
             fvu = (y - changed).square().sum() / (y - y.mean(0)).square().sum()
             error = error + self.later_weight * fvu / len(self.later)
+        if not (model.is_deterministic or model.learn_noise):
+            error = error / model.noise_scale.detach().square().to(error.device)
         return error.to(x.device)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import probsae as ps
 from probsae.activations.language_model import LanguageModel
-from probsae.inference import Checkpoint, elbo_terms, objective
+from probsae.inference import Checkpoint, TargetL0, elbo_terms, objective
 from probsae.lm import ContextActivations, EndToEnd, downstream_fvu, splice
 from probsae.lm.end_to_end import draw
 from tests.conftest import FALSE_ALARM_RATE
@@ -282,3 +282,19 @@ def test_smollm2_end_to_end(smollm2, corpus):
     end_to_end = EndToEnd(contexts, later=["model.layers.28"])
     ps.fit(model, contexts, objective=end_to_end, n_steps=12, batch_size=124, learning_rate=1e-3)
     assert splice(smollm2, "model.layers.24", model, ids).kl < 0.9 * before
+
+
+@pytest.mark.slow
+def test_the_number_of_active_features_can_be_chosen_end_to_end():
+    """The noise scale is in no error of its own here; without its price steering would run away."""
+    ids = torch.randint(VOCABULARY, (64, 17), generator=torch.Generator().manual_seed(0))
+    contexts = ContextActivations(tiny_llama(), "model.layers.0", ids)
+    torch.manual_seed(0)
+    model = ps.SpikeSlabDictionary(d_in=16, d_sae=48, learn_noise=False)
+    ps.fit(
+        model, contexts, objective=EndToEnd(contexts, output_weight=1e3), n_steps=300,
+        batch_size=256, seed=0, callbacks=[TargetL0(4)], device="cpu", progress=False,
+    )  # fmt: skip
+    x = first_batch(contexts, 512)
+    assert float(model.encode(x).p_active.sum(1).mean()) == pytest.approx(4, rel=0.1)
+    assert 0.1 < float(model.noise_scale) < 30
