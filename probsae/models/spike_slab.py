@@ -28,8 +28,14 @@ from probsae.models.code_priors import (
 # ones let the steps overshoot (docs/decisions/damping.md).
 MAX_FILTER_NORM = 1.2
 # Tangent of the angle by which a filter may lean from its direction: that much lets it look past
-# neighbours; filters that are free fit their training tokens only (the same page).
-MAX_LEAN = 0.45
+# neighbours; filters that are free fit their training tokens only (the same page). In fewer
+# dimensions than it was chosen in neighbours are nearer, by the root of the ratio.
+MAX_LEAN, _LEAN_DIMENSIONS = 0.45, 256
+
+
+def max_lean(d_in: int) -> float:
+    """Return the tangent of the largest angle between a filter and its direction."""
+    return MAX_LEAN * max(1.0, math.sqrt(_LEAN_DIMENSIONS / d_in))
 
 
 class SpikeSlabDictionary(SparseDictionary):
@@ -179,11 +185,11 @@ class SpikeSlabDictionary(SparseDictionary):
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Store unit rows of `W_dec`, and filters within `MAX_LEAN` and `MAX_FILTER_NORM`."""
+        """Store unit rows of `W_dec`, and filters within `max_lean` and `MAX_FILTER_NORM`."""
         super().normalize_()
         along = (self.W_enc * self.W_dec.T).sum(0)
         across = self.W_enc - along * self.W_dec.T
-        bound = (MAX_LEAN * along).clamp(min=0)
+        bound = (max_lean(self.d_in) * along).clamp(min=0)
         self.W_enc.sub_(across * (1 - bound / across.norm(dim=0).maximum(bound).clamp(min=1e-12)))
         norms = self.W_enc.norm(dim=0)
         self.W_enc.mul_(MAX_FILTER_NORM / norms.clamp(min=MAX_FILTER_NORM))

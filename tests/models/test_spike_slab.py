@@ -3,7 +3,7 @@
 import torch
 
 import probsae as ps
-from probsae.models.spike_slab import MAX_FILTER_NORM, MAX_LEAN, share_explained
+from probsae.models.spike_slab import MAX_FILTER_NORM, max_lean, share_explained
 
 
 def test_share_is_the_nearest_multiple_and_never_an_overshoot():
@@ -41,12 +41,12 @@ def test_filters_stay_near_their_directions():
     near, far, long = slice(0, 3), slice(3, 6), slice(6, 9)
     with torch.no_grad():
         model.W_enc[:, near] = 1.05 * directions[:, near] + 0.3 * across[:, near]
-        model.W_enc[:, far] = 0.5 * directions[:, far] + 2 * across[:, far]
+        model.W_enc[:, far] = 0.2 * directions[:, far] + 2 * across[:, far]
         model.W_enc[:, long] = 3 * directions[:, long] + across[:, long]
     before = model.W_enc.detach().clone()
     model.normalize_()
     torch.testing.assert_close(model.W_enc[:, near], before[:, near])
-    bounded = 0.5 * (directions[:, far] + MAX_LEAN * across[:, far])
+    bounded = 0.2 * (directions[:, far] + max_lean(model.d_in) * across[:, far])
     torch.testing.assert_close(model.W_enc[:, far], bounded)
     shorter = before[:, long] * (MAX_FILTER_NORM / 10**0.5)
     torch.testing.assert_close(model.W_enc[:, long], shorter)
