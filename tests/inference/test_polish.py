@@ -108,7 +108,8 @@ def test_a_sharper_posterior_comes_from_more_tokens(problem):
     assert 2 < float(spread[0] / spread[1]) < 5  # 4 where the fit itself weighs nothing
 
 
-@pytest.mark.parametrize("block_size", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [1, 10])
 def test_forms_that_see_less_still_climb(problem, block_size):
     model, data = problem
     options = {"n_tokens": 20_000, "batch_size": 2_000}

@@ -69,6 +69,7 @@ def test_processes_share_the_groups(folder, log):
         assert json.loads((folder_of_group / PROVENANCE).read_text())["threads"] == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_loses_nothing_that_came_in(folder, log):
     groups = [Marked(1, log), Marked(2, log, is_broken=True)]
     with pytest.raises(ValueError, match="group 2 is broken"):

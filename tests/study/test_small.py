@@ -18,8 +18,8 @@ def test_the_small_study_answers(tmp_path):
         answer = results.of(results.answer, is_correlated).set_index(["method", "ratio"])
         grid = results.of(results.grid, is_correlated)
         slab = answer.loc["SpikeSlab"]
-        # Nothing swept, against the best of the grid, chosen with the truth in hand: better at which
-        # features are active, at the default threshold too, and level at finding them.
+        # Nothing swept, against the best of the grid, chosen with the truth in hand: better at what
+        # is active, at the default threshold too, and level at finding features.
         assert slab.loc[2:, "f1"].min() > grid["best_f1"].max() + 0.03
         assert slab.loc[1:, "best_f1"].min() > grid["best_f1"].max()
         assert slab.loc[4, "mmcs"] > grid["mmcs"].max() - 0.02
