@@ -252,7 +252,8 @@ def test_fit_improves_and_is_reproducible(variant):
         assert not model.training
         assert result.n_tokens == n_steps * 64
         fitted.append(result)
-    assert fitted[0].history["elbo"][-1] > fitted[0].history["elbo"][0]
+    elbo = fitted[0].history["elbo"]  # of each step's batch of 64
+    assert sum(elbo[-15:]) > sum(elbo[:15])
     again, once_more = (result.model.W_dec for result in fitted[1:])
     torch.testing.assert_close(again, once_more, rtol=0, atol=0)
     norms = fitted[0].model.W_dec.norm(dim=-1)
