@@ -78,7 +78,7 @@ def test_a_source_beside_activations_says_nothing_of_their_supports(data):
 
 def test_probabilistic_columns_and_held_out_elbo(data):
     model = ps.SpikeSlabDictionary(d_in=12, d_sae=10)
-    ps.fit(model, data, n_steps=300, batch_size=128)
+    ps.fit(model, data, n_steps=150, batch_size=128)
     report = ps.evaluate([model, ps.ReLUSAE(d_in=12, d_sae=10)], data, n_tokens=1000)
     row, point = report.rows
     x, _ = data.sample(1000, seed=1)

@@ -20,7 +20,7 @@ def fitted():
     )
     torch.manual_seed(0)
     model = ps.SpikeSlabDictionary(d_in=12, d_sae=10)
-    ps.fit(model, data, n_steps=400, batch_size=256)
+    ps.fit(model, data, n_steps=200, batch_size=256)
     return model, data.sample(6)[0]
 
 
