@@ -1,0 +1,1 @@
+"""Do features come back, and does one fit know which?"""
