@@ -120,11 +120,11 @@ def _polished(
             "alive": row.alive,
             "held_out_elbo": [list(pair) for pair in posterior.held_out_elbo],
         }
-        passes.append(result | _directions(posterior, data.features.double()))
+        passes.append(result | directions(posterior, data.features.double()))
     return passes
 
 
-def _directions(posterior: ps.DictionaryPosterior, features: Tensor) -> dict[str, Any]:
+def directions(posterior: ps.DictionaryPosterior, features: Tensor) -> dict[str, Any]:
     is_alive = posterior.rate.mean > RATE_OF_LIFE
     if not bool(is_alive.any()):
         return {}

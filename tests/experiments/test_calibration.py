@@ -8,6 +8,7 @@ import math
 import pytest
 import tyro
 
+from experiments.calibration import blocks
 from experiments.calibration.measure import finite
 from experiments.calibration.run import SIZES, activations, main, table
 
@@ -69,3 +70,13 @@ def test_table_takes_what_is_missing():
 def test_unknown_condition_is_refused():
     with pytest.raises(SystemExit):
         tyro.cli(main, args=["--conditions", "weather"])
+
+
+@pytest.mark.slow
+def test_blocks_of_features(tmp_path, capsys):
+    blocks.main(n_steps=20, d_sae=64, block_sizes=(64, 1), n_tokens=2_000, n_passes=1, out=tmp_path)
+    rows = json.loads((tmp_path / "blocks-seed=0.json").read_text())["rows"]
+    assert list(rows) == ["as fitted", "blocks of 64", "blocks of 1"]
+    variances = [rows[f"blocks of {size}"]["median_predicted_over_actual"] for size in (64, 1)]
+    assert variances[0] != variances[1]
+    assert "| blocks of 1 |" in capsys.readouterr().out
