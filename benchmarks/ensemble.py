@@ -2,11 +2,12 @@
 
     python -m benchmarks.ensemble            # prints, and writes results/ensemble-<device>.json
 
-The bar: over a fit, an ensemble of 8 ReLU SAEs takes 1.5 times as many member steps a second as 8
-bare eager loops run one after the other. All methods run in turns in one process with the same
-threads; a figure is the median over rounds. The ceiling is the five matrix products that a member's
-dense step cannot do without, measured on the spot in the same turns. A bare loop does a sixth, for
-the decoder bias.
+The bar: over a fit, an ensemble of 8 SAEs, ReLU or TopK, takes 1.5 times as many member steps a
+second as 8 bare eager loops of the same architecture run one after the other. All methods run in
+turns in one process with the same threads; a figure is the median over rounds. The ceiling is the
+five matrix products that a member's dense step cannot do without, measured on the spot in the same
+turns; a member that knows which codes it keeps can do without four of them. A bare loop does a
+sixth, for the decoder bias.
 
 Steps are measured twice: the first ones, whose codes are dense, and the mean over a fit of
 `n_fit_steps`, in which codes become sparse and a member's step goes through those that are left. A
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,15 @@ Run = Callable[[], float]
 """Takes some steps; returns the seconds of one."""
 
 
+def members(d_in: int, d_sae: int, n_members: int, k: int | None) -> list[ps.SparseDictionary]:
+    """Return ReLU SAEs that differ in their L1 coefficient or, with `k`, TopK SAEs around it."""
+    if k is None:
+        coefficients = np.geomspace(0.02, 0.5, n_members)
+        return [ps.ReLUSAE(d_in, d_sae, l1_coefficient=float(c)) for c in coefficients]
+    ks = np.rint(np.geomspace(max(k / 2, 1), min(2 * k, d_sae), n_members)).astype(int)
+    return [ps.TopKSAE(d_in, d_sae, k=int(value)) for value in ks]
+
+
 def ensemble(
     x: Tensor,
     d_sae: int,
@@ -49,15 +60,15 @@ def ensemble(
     n_steps: int,
     compile: bool,
     whole_fit: bool = False,
+    k: int | None = None,
 ) -> Run:
-    """Return a run of an ensemble of ReLU SAEs that differ in their L1 coefficient.
+    """Return a run of an ensemble of `members`.
 
     With `whole_fit` its seconds are the mean over all steps, else the median.
     """
 
     def run() -> float:
-        coefficients = np.geomspace(0.02, 0.5, n_members)
-        models = [ps.ReLUSAE(x.shape[1], d_sae, l1_coefficient=float(c)) for c in coefficients]
+        models = members(x.shape[1], d_sae, n_members, k)
         stopwatch = Stopwatch()
         callbacks = [[stopwatch]] + [[] for _ in models[1:]]
         ps.fit_ensemble(
@@ -69,14 +80,16 @@ def ensemble(
     return run
 
 
-def bare(x: Tensor, d_sae: int, batch_size: int, n_members: int, n_steps: int) -> Run:
+def bare(
+    x: Tensor, d_sae: int, batch_size: int, n_members: int, n_steps: int, k: int | None = None
+) -> Run:
     """Return a run of as many bare eager loops, one after the other."""
 
     def run() -> float:
         total = 0.0
         for _ in range(n_members):
             stopwatch = Stopwatch()
-            loop = BareLoop(x.shape[1], d_sae).to(x.device)
+            loop = BareLoop(x.shape[1], d_sae, k).to(x.device)
             loop.run(x, batch_size, n_steps, stopwatch)
             total += stopwatch.median(n_warm=2)
         return total
@@ -101,6 +114,7 @@ def throughput(
     n_rounds: int,
     n_steps: int,
     n_fit_steps: int,
+    k: int | None,
 ) -> dict[str, Any]:
     """Compare an ensemble with bare loops and with the ceiling."""
     shape = (x, d_sae, batch_size, n_members)
@@ -109,15 +123,17 @@ def throughput(
         return 5 * n_members * product_seconds(batch_size, x.shape[1], d_sae, x.device)
 
     runs = {
-        "bare loops": bare(*shape, n_steps),
-        "ensemble eager": ensemble(*shape, n_steps, False),
-        "ensemble compiled": ensemble(*shape, n_steps, True),
-        "ensemble compiled, whole fit": ensemble(*shape, n_fit_steps, True, whole_fit=True),
+        "bare loops": bare(*shape, n_steps, k),
+        "ensemble eager": ensemble(*shape, n_steps, False, k=k),
+        "ensemble compiled": ensemble(*shape, n_steps, True, k=k),
+        "ensemble compiled, whole fit": ensemble(*shape, n_fit_steps, True, whole_fit=True, k=k),
         "ceiling": ceiling,
     }
     seconds = in_turns(runs, n_rounds)
     gain = {name: seconds["bare loops"] / value for name, value in seconds.items()}
     return {
+        "architecture": "relu" if k is None else "topk",
+        "k": k,
         "batch_size": batch_size,
         "d_sae": d_sae,
         "n_members": n_members,
@@ -164,9 +180,10 @@ def main(
     n_rounds: int = 3,
     n_steps: int = 10,
     n_fit_steps: int = 300,
+    ks: tuple[int, ...] = (5, 32),
     with_growth: bool = True,
 ) -> None:
-    """Measure, print and write."""
+    """Measure, print and write: ReLU SAEs, and TopK ones around each of `ks`."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, _ = ps.SyntheticActivations(d_in=d_in, device=device).sample(16_384)
@@ -176,11 +193,12 @@ def main(
         "d_in": d_in,
         "throughput": [],
     }
-    for batch_size in batch_sizes:
-        row = throughput(x, d_sae, batch_size, n_members, n_rounds, n_steps, n_fit_steps)
+    for k, batch_size in product((None, *ks), batch_sizes):
+        row = throughput(x, d_sae, batch_size, n_members, n_rounds, n_steps, n_fit_steps, k)
         result["throughput"].append(row)
-        gains = ", ".join(f"{k} {v:.2f}" for k, v in row["throughput over bare loops"].items())
-        print(f"batch {batch_size}: {gains}", flush=True)
+        gains = ", ".join(f"{n} {v:.2f}" for n, v in row["throughput over bare loops"].items())
+        name = "ReLU" if k is None else f"TopK around {k}"
+        print(f"{name}, batch {batch_size}: {gains}", flush=True)
         write_result("ensemble", result)
     if with_growth:
         result["growth"] = growth(device, n_rounds, n_steps)

@@ -89,10 +89,11 @@ class Stopwatch(Callback):
 
 
 class BareLoop(nn.Module):
-    """A ReLU SAE and its loop, by hand."""
+    """A ReLU SAE, or with `k` a TopK one, and its loop, by hand."""
 
-    def __init__(self, d_in: int, d_sae: int):
+    def __init__(self, d_in: int, d_sae: int, k: int | None = None):
         super().__init__()
+        self.k = k
         self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(d_sae, d_in), dim=1))
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_in))
@@ -103,8 +104,13 @@ class BareLoop(nn.Module):
         for _ in range(n_steps):
             batch = x[torch.randint(len(x), (batch_size,), device=x.device)]
             z = torch.relu((batch - self.b_dec) @ self.W_enc + self.b_enc)
+            if self.k is not None:
+                kept = z.topk(self.k, dim=1, sorted=False)
+                z = torch.zeros_like(z).scatter(1, kept.indices, kept.values)
             x_hat = z @ self.W_dec + self.b_dec
-            loss = (batch - x_hat).square().sum(1).mean() + 0.1 * z.sum(1).mean()
+            loss = (batch - x_hat).square().sum(1).mean()
+            if self.k is None:
+                loss = loss + 0.1 * z.sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             with torch.no_grad():

@@ -57,8 +57,8 @@ def across_seeds(
             row["reappear_real"] = float(again.share[is_real.cpu()].mean())
         for name, doubt in doubts.items():
             row[f"auroc_{name}"] = metrics.instability_auroc(doubt, again, rates[i][is_alive]).auroc
-            rank = spearmanr(doubt.cpu(), 1 - again.cosine.mean(0))
-            row[f"spearman_{name}"] = float(rank.statistic)
+            rank, _ = spearmanr(doubt.cpu(), 1 - again.cosine.mean(0))
+            row[f"spearman_{name}"] = float(rank)  # pyright: ignore[reportArgumentType]
         found.append(row)
     result = {name: _summary([row[name] for row in found]) for name in found[0]}
     return result | ({} if posteriors is None else _rhat(posteriors))

@@ -24,8 +24,8 @@ import probsae as ps
 from benchmarks.fit_overhead import commit
 from experiments.stability.measure import THRESHOLD, across_seeds, across_widths
 from probsae.activations import ActivationStore
-from probsae.activations.source import ActivationData
 
+Data = ps.SyntheticActivations | ActivationStore
 FAMILIES = ("SpikeSlabDictionary", "BatchTopKSAE", "ReLUSAE")
 PROBABILISTIC = FAMILIES[0]
 
@@ -43,7 +43,7 @@ class Settings:
     batch_size: int
     n_polish: int
 
-    def data(self) -> ActivationData:
+    def data(self) -> Data:
         """Return what all fits share."""
         if self.store is None:
             return ps.SyntheticActivations(noise_scale=0.05, seed=0)
@@ -62,7 +62,7 @@ class Fit:
         """Where it is kept."""
         return out / "fits" / f"{self.family}-{self.d_sae}-seed={self.seed}"
 
-    def run(self, settings: Settings, data: ActivationData, out: Path) -> None:
+    def run(self, settings: Settings, data: Data, out: Path) -> None:
         """Fit, polish where there is a posterior to be had, and write."""
         options = {"BatchTopKSAE": {"k": settings.k}, "ReLUSAE": {"l1_coefficient": settings.l1}}
         torch.manual_seed(self.seed)
@@ -172,7 +172,7 @@ def _claim(out: Path, settings: Settings) -> None:
 
 
 def measure_all(
-    out: Path, data: ActivationData, d_sae: int, seeds: tuple[int, ...]
+    out: Path, data: Data, d_sae: int, seeds: tuple[int, ...]
 ) -> dict[str, dict[str, Any]]:
     """Measure every family over seeds and over widths."""
     found: dict[str, dict[str, Any]] = {}

@@ -17,7 +17,7 @@ BENCHMARKS = {
     "ensemble": (
         "d_in=16, d_sae=32, batch_sizes=(64,), n_members=2, n_rounds=1, n_steps=5, "
         "n_fit_steps=8, "
-        "with_growth=False",
+        "ks=(3,), with_growth=False",
         "throughput",
     ),
     "peer_speed": (
