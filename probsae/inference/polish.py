@@ -12,11 +12,14 @@ from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, batches, check_activations, size_of
 from probsae.inference.dictionary_posterior import DictionaryPosterior
+from probsae.inference.dictionary_statistics import Rows
 from probsae.inference.variational_em import Expectation, HeldOutGuard, Sums, maximize
 from probsae.models.base import SparseDictionary
 
 # Tokens of a pass over data without a size.
 _N_TOKENS = 200_000
+# Least that a pass over fresh tokens counts as, beside the fit: a held-out batch tells no less.
+_LEAST_SHARE = 0.02
 # Above this many features a block of S is no wider: it would take 2 GiB.
 _MAX_BLOCK = 16_384
 
@@ -81,8 +84,8 @@ def polish(
     Returns
     -------
     DictionaryPosterior
-        Of directions, rates and noise, given the last pass's codes. Its mean is the model's
-        dictionary, also where the held-out ELBO let a pass be taken part of the way only.
+        Of directions, rates and noise, given the last pass's codes and, for the directions, what
+        the fit knew besides. Its mean is the model's dictionary.
 
     Raises
     ------
@@ -93,6 +96,11 @@ def polish(
 
     Notes
     -----
+    The fit, which had tokens of its own, is an estimate of the dictionary too. A pass is taken as
+    far from it as is best for the held-out batch, share f / (f + v) where v is the variance of
+    q(W) above and f the fit's, and q(W) then has share times v. The share is no less than that of
+    the pass's tokens in the data, where these have a size: the fit had no others.
+
     The ELBO of the held-out batch never falls, neither with the encoder's posterior nor with the
     refined one: a pass that would lower it is taken half as far, and so on; `held_out_elbo` says
     what came of it. Source: Titsias and Lazaro-Gredilla (2011); Hoffman et al. (2013),
@@ -124,11 +132,14 @@ def polish(
     n_tokens = n_tokens or (size - batch_size if size else _N_TOKENS)
     expectation = Expectation(model, n_sweeps, n_candidates)
     sums = Sums(model, block_size or min(model.d_sae, _MAX_BLOCK), prior_weight)
+    least_share = _LEAST_SHARE if size is None else n_tokens / size
+    if forgetting_rate:
+        least_share = 1.0
     guard, posterior = None, None
     for _ in range(n_passes):
         stream = batches(data, batch_size, seed=seed, device=model.b_dec.device)
         held_out = _first(stream, model.d_in)
-        guard = guard or HeldOutGuard(expectation, held_out)
+        guard = guard or HeldOutGuard(expectation, held_out, least_share)
         sums.clear()
         for x in _with_bar(stream, max(1, n_tokens // batch_size), progress):
             sums.fade(1 - forgetting_rate)
@@ -142,7 +153,8 @@ def polish(
         guard.check()
     assert guard is not None
     assert posterior is not None
-    rows = posterior.rows._replace(mean=model.dictionary().double())
+    assert guard.share is not None
+    rows = Rows(model.dictionary().double(), posterior.rows.cholesky / guard.share**0.5)
     return replace(posterior, rows=rows, held_out_elbo=guard.history)
 
 

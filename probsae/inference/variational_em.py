@@ -174,27 +174,60 @@ def _set_slabs(model: SparseDictionary, sums: Sums, is_shown: Bool[Tensor, " d_s
 
 
 class HeldOutGuard:
-    """Keeps the ELBO of held-out tokens from falling, under the encoder and refined."""
+    """Takes as much of each pass as held-out tokens ask for; their ELBO never falls.
 
-    def __init__(self, expectation: Expectation, x: Float[Tensor, "token d_in"]):
-        self.expectation, self.x = expectation, x
+    With fresh tokens a pass's optimum M and the fit's directions D are two estimates of one thing,
+    of variances v and f: the best of both is D + share (M - D) with share = f / (f + v), and its
+    variance is share times v. The held-out ELBO along that line, a parabola, has its maximum there.
+
+    Parameters
+    ----------
+    expectation : Expectation
+        Gives the refined codes.
+    x : Tensor, shape (token, d_in)
+        Held out.
+    least_share : float
+        The tokens of a pass over all that the fit may have had: less would count tokens that are
+        in both twice.
+    """
+
+    def __init__(
+        self, expectation: Expectation, x: Float[Tensor, "token d_in"], least_share: float
+    ):
+        self.expectation, self.x, self.least_share = expectation, x, least_share
+        self.share: float | None = None
         self.history = [self._elbo()]
-        self._keep()
+        self.fitted = self.old = self._parameters()
 
     def check(self) -> None:
-        """Take back as much of what happened since the last check as the ELBO asks for."""
+        """Weigh the fit against the pass, and take back what lowers the ELBO.
+
+        The share is found at the first pass: later ones see the same tokens from a better start.
+        """
         new = self._parameters()
-        for halving in range(_N_HALVINGS + 1):
-            share = 0.5**halving
-            self._set({k: torch.lerp(self.old[k], new[k], share) for k in new})
+        share = self.share = self.share or self._best_share(new)
+        for _ in range(_N_HALVINGS + 1):
+            self._set({k: torch.lerp(self.fitted[k], new[k], share) for k in new})
             elbo = self._elbo()
             if all(a >= b for a, b in zip(elbo, self.history[-1], strict=True)):
                 break
+            share /= 2
         else:
             self._set(self.old)
             elbo = self.history[-1]
         self.history.append(elbo)
-        self._keep()
+        self.old = self._parameters()
+
+    def _best_share(self, new: dict[str, Tensor]) -> float:
+        """Return where a parabola through the refined ELBO at 0, 1/2 and 1 is highest."""
+        elbos = []
+        for share in (0.0, 0.5, 1.0):
+            self._set({k: torch.lerp(self.fitted[k], new[k], share) for k in new})
+            elbos.append(self._elbo()[1])
+        start, middle, end = elbos
+        curvature = start + end - 2 * middle
+        best = 1.0 if curvature >= 0 else (3 * start - 4 * middle + end) / (4 * curvature)
+        return min(1.0, max(self.least_share, best))
 
     def _elbo(self) -> tuple[float, float]:
         model, x = self.expectation.model, self.x
@@ -205,9 +238,6 @@ class HeldOutGuard:
 
     def _parameters(self) -> dict[str, Tensor]:
         return {k: v.detach().clone() for k, v in self.expectation.model.named_parameters()}
-
-    def _keep(self) -> None:
-        self.old = self._parameters()
 
     @torch.no_grad()
     def _set(self, values: dict[str, Tensor]) -> None:

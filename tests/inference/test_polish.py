@@ -60,9 +60,11 @@ def test_what_would_lower_the_held_out_elbo_is_not_done(problem):
     assert min(b - a for a, b in zip(before, after, strict=True)) > -1e-4
 
 
-def test_direction_variance_is_the_distance_from_the_truth(problem):
+@pytest.mark.parametrize("n_tokens", [4_000, 20_000])
+def test_direction_variance_is_the_distance_from_the_truth(problem, n_tokens):
+    # The fit had 128,000 tokens: what it knows counts, the more the fewer the pass has.
     model, data = problem
-    posterior = ps.polish(model, data, n_tokens=20_000, batch_size=2_000, n_passes=2)
+    posterior = ps.polish(model, data, n_tokens=n_tokens, batch_size=2_000, n_passes=2)
     cosines = ps.metrics.max_cosines(data.features, model.dictionary())
     is_found = cosines > 0.95
     assert int(is_found.sum()) >= N_FEATURES - 2
