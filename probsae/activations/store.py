@@ -52,6 +52,8 @@ class ActivationStore:
         If there is no finished store at `path`.
     CorruptShardError
         If the index cannot be read, or a shard is missing, cut short or of another shape.
+    ValueError
+        If the store is empty, or `rows` are not in it.
     """
 
     def __init__(self, path: str | Path, rows: range | None = None):
@@ -73,7 +75,13 @@ class ActivationStore:
         ]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self.mean = self._read_mean()
-        self.rows = range(int(self._starts[-1])) if rows is None else rows
+        every = range(int(self._starts[-1]))
+        self.rows = every if rows is None else rows
+        if not 0 <= self.rows.start < self.rows.stop <= len(every) or self.rows.step != 1:
+            raise ValueError(
+                f"rows must be a range of at least one of the {len(every)} tokens of {path}, got "
+                f"{self.rows}"
+            )
 
     def _read_mean(self) -> Float[Tensor, " d_in"]:
         try:
