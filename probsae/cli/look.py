@@ -60,12 +60,14 @@ def inspect(
         tokenizer: Model whose tokenizer reads the store's tokens; "none" shows their ids.
         n_tokens: Tokens to look at, at most.
     """
-    features, _ = gather_run(run, store=store, tokenizer=tokenizer, n_tokens=n_tokens)
+    features, facts = gather_run(run, store=store, tokenizer=tokenizer, n_tokens=n_tokens)
     try:
         page = feature_page(features, feature)
     except IndexError as error:
         raise ValueError(str(error)) from error
     Console().print(page)
+    if "text" in facts:
+        print(f"text: {facts['text']}")
 
 
 def report(
@@ -82,7 +84,7 @@ def report(
         run: Folder that `probsae fit` or `probsae compare` wrote.
         store: Activations to show features on; by default those of the fit, the held-out end.
         tokenizer: Model whose tokenizer reads the store's tokens; "none" shows their ids. By
-            default the model that was harvested.
+            default the model that was harvested, where it is at hand.
         n_tokens: Tokens to look at, at most.
         effects: Language model to read each feature's effect on the next token from; "none" shows
             none. By default the model that was harvested, where it is a file or folder here.

@@ -19,7 +19,7 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.metrics.calibration import Reliability
 from probsae.models.base import SparseDictionary
 from probsae.models.files import load
-from probsae.report.effects import NO_EFFECTS, effects_of
+from probsae.report.effects import CANNOT_READ, NO_EFFECTS, effects_of
 from probsae.report.features import DirectionUncertainty, FeatureData, LogitEffects, gather_features
 from probsae.report.html import Page, load_template, write_browser
 from probsae.report.token_text import Decode, TokenText, token_text
@@ -101,8 +101,8 @@ def report_run(
     store : str or Path, optional
         Activations to show features on; by default those of the fit. Their held-out end is used.
     tokenizer : str, optional
-        Language model whose tokenizer reads the store's tokens, by default the store's own;
-        "none" shows token ids.
+        Language model whose tokenizer reads the store's tokens, by default the store's own, or
+        token ids where that is not at hand; "none" shows token ids.
     n_tokens : int, default 16,384
         Tokens to look at, from the beginning of the held-out text.
     level : float, default 0.9
@@ -183,7 +183,7 @@ def gather_run(
     }
     x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts)
     if logit_effects is None or isinstance(logit_effects, str):
-        logit_effects = _logit_effects(run, store, model, logit_effects)
+        logit_effects = _logit_effects(run, store, model, logit_effects, facts)
     features = gather_features(
         model,
         x,
@@ -220,12 +220,20 @@ def activations_of(run: str | Path, store: str | Path | None = None) -> tuple[An
 
 
 def _logit_effects(
-    run: Path, store: str | Path | None, model: SparseDictionary, name: str | None
+    run: Path,
+    store: str | Path | None,
+    model: SparseDictionary,
+    name: str | None,
+    facts: dict[str, str],
 ) -> LogitEffects | None:
+    """Return the effects, or add to `facts` why there are none."""
     source, _ = activations_of(run, store)
     if not isinstance(source, ActivationStore):
         return None
-    return effects_of(source, model.dictionary(), name)
+    effects, remark = effects_of(source, model.dictionary(), name)
+    if effects is None:
+        facts["effects on logits"] = f"none: {remark}"
+    return effects
 
 
 def _tokens_to_show(
@@ -251,20 +259,27 @@ def _tokens_to_show(
     facts |= {"language model": Path(source.index["model"]).name, "hook": source.index["hook"]}
     facts |= {"store": str(source.path), "tokens": f"{n_tokens:,}, held out"}
     facts["title"] = " ".join(filter(None, [facts["language model"], facts["hook"]])) or run.name
-    text = token_text(rest, n_tokens, _decode(source, tokenizer))
+    text = token_text(rest, n_tokens, _decode(source, tokenizer, facts))
     return rest.gather(torch.arange(n_tokens)), text
 
 
-def _decode(store: ActivationStore, tokenizer: str | None) -> Decode | None:
-    """Return what turns the store's token ids into text."""
+def _decode(store: ActivationStore, tokenizer: str | None, facts: dict[str, str]) -> Decode | None:
+    """Return what turns the store's token ids into text, or add to `facts` why nothing does."""
     name = tokenizer or store.index["model"]
     if name in ("", NO_TOKENIZER):
         return None
-    from probsae.activations.language_model import load_tokenizer
+    from probsae.activations.language_model import check_at_hand, load_tokenizer
 
     try:
+        if tokenizer is None:
+            check_at_hand(name)
         found = load_tokenizer(name)
-    except FileNotFoundError as error:
+    except CANNOT_READ as error:
+        if tokenizer is None:
+            facts["text"] = f"token ids: {error}; --tokenizer MODEL names a tokenizer"
+            return None
+        if not isinstance(error, FileNotFoundError):
+            raise
         raise FileNotFoundError(
             f"{error}; pass --tokenizer MODEL, or --tokenizer none to show token ids"
         ) from error

@@ -1,6 +1,7 @@
 """`probsae report` on what the other commands leave behind."""
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -160,6 +161,29 @@ def test_logit_effects_are_those_of_the_harvested_model(tmp_path, monkeypatch):
     assert data_of(page)["features"]["effects"] is None
     with pytest.raises(ValueError, match="residual stream"):
         report_run(tmp_path / "hidden.run", **hidden, logit_effects="model")
+
+
+@pytest.mark.parametrize("name", ["mine", "my models/no 1", "owner/name", "/gone/model.gguf"])
+def test_a_model_that_is_nowhere_leaves_token_ids_and_says_why(tmp_path, monkeypatch, capsys, name):
+    from huggingface_hub import constants
+
+    def refuse(*_, **__):
+        raise AssertionError("the network was tried")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", name == "owner/name")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    writer = StoreWriter(tmp_path / "store", 4, model=name, hook="layer")
+    writer.append(torch.randn(100, 4), tokens=torch.arange(100))
+    writer.finish()
+    ps.save(ps.TopKSAE(d_in=4, d_sae=8, k=2), tmp_path / "run" / "model")
+    page = report_run(tmp_path / "run", store=tmp_path / "store")
+    assert data_of(page)["features"]["text"]["strings"][0] == "#90"
+    assert data_of(page)["features"]["effects"] is None
+    text = html.unescape(page.read_text())
+    assert f"token ids: {name!r} is no model folder or .gguf file here" in text
+    assert f"none: {name!r} is no file or folder here; --effects MODEL" in text
+    run("inspect", tmp_path / "run", "--feature", 0, "--store", tmp_path / "store")
+    assert "--tokenizer MODEL" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
