@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
@@ -20,9 +22,10 @@ LOGGED_EVERY = 25
 CHECKPOINT_EVERY = 100
 
 
-def contexts_of(ids: list[int], length: int) -> Int[Tensor, "context position"]:
-    """Cut a text's token ids into whole contexts."""
-    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).view(-1, length)
+def contexts_of(ids: Iterable[int], length: int) -> Int[Tensor, "context position"]:
+    """Cut a text's token ids, a list or a stream, into whole contexts."""
+    every = torch.from_numpy(np.fromiter(ids, np.int64))
+    return every[: len(every) // length * length].view(-1, length)
 
 
 def train_(

@@ -16,7 +16,7 @@ from probsae.synthetic import SyntheticActivations
 
 
 def evaluate(
-    dictionaries: Sequence[Dictionary] | Mapping[str, Dictionary],
+    dictionaries: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary],
     data: ActivationData,
     truth: SyntheticActivations | tuple[Tensor, Tensor] | None = None,
     *,
@@ -27,7 +27,7 @@ def evaluate(
 
     Parameters
     ----------
-    dictionaries : sequence, or mapping from name
+    dictionaries : Dictionary, sequence, or mapping from name
         Fitted models and baselines.
     data : tensor, array, ActivationStore, synthetic source or iterable of batches
         Held-out activations. From a synthetic source fresh tokens are drawn with their codes.
@@ -50,6 +50,8 @@ def evaluate(
     ------
     ValueError
         If there is no dictionary, names repeat, widths differ or the codes do not fit the data.
+    TypeError
+        If something else than a dictionary came.
     """
     named = _named(dictionaries)
     x, features, z = _held_out(data, truth, n_tokens, seed)
@@ -104,7 +106,11 @@ def _row(
     )
 
 
-def _named(dictionaries: Sequence[Dictionary] | Mapping[str, Dictionary]) -> dict[str, Dictionary]:
+def _named(
+    dictionaries: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary],
+) -> dict[str, Dictionary]:
+    if isinstance(dictionaries, Dictionary):
+        dictionaries = [dictionaries]
     if isinstance(dictionaries, Mapping):
         named = dict(dictionaries)
     else:
@@ -116,4 +122,10 @@ def _named(dictionaries: Sequence[Dictionary] | Mapping[str, Dictionary]) -> dic
             named[name] = item
     if not named:
         raise ValueError("evaluate needs at least one dictionary, got none")
+    for item in named.values():
+        if not isinstance(item, Dictionary):
+            raise TypeError(
+                "evaluate compares fitted models and baselines, which encode and decode, got "
+                f"{type(item).__name__}; pass a model, a list of them, or a dict of names to them"
+            )
     return named

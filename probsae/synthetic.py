@@ -167,6 +167,9 @@ class SyntheticActivations:
     def __iter__(self) -> Iterator[Float[Tensor, "token d_in"]]:
         return self.batches(1024)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.n_features} features in {self.d_in} dimensions)"
+
     def to(self, device: str | torch.device) -> SyntheticActivations:
         """Return the same source on another device."""
         if torch.device(device) == self.device:

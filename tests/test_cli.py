@@ -1,6 +1,7 @@
 """The commands, run as a user runs them: what they write, and how they refuse."""
 
 import json
+import runpy
 import shutil
 
 import pytest
@@ -16,6 +17,15 @@ from tests.lm.tiny import tiny_language_model
 
 def run(*arguments: object) -> None:
     main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("module", ["probsae", "probsae.cli"])
+def test_the_command_is_a_module_too(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["probsae", "evaluate", "--store", "nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    assert stop.value.code == 2
+    assert "at least one run" in capsys.readouterr().err
 
 
 @pytest.fixture

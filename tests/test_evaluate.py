@@ -139,3 +139,14 @@ def test_bad_input(data):
     x, z = data.sample(50)
     with pytest.raises(ValueError, match="features, codes"):
         ps.evaluate([Oracle(data.features)], x, truth=(data.features, z[:, :3]))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_one_model_is_a_comparison_too_and_other_things_are_named(data):
+    model = ps.TopKSAE(d_in=12, d_sae=10, k=2)
+    x = torch.randn(100, 12)
+    assert ps.evaluate(model, x) == ps.evaluate([model], x)
+    with pytest.raises(TypeError, match="got FitResult; pass a model, a list of them"):
+        ps.evaluate([ps.fit(model, data, n_steps=1, batch_size=8)], x)
+    with pytest.raises(TypeError, match="got str"):
+        ps.evaluate("run", x)

@@ -6,8 +6,8 @@
 Harvests one layer's residual stream and its MLP's hidden layer, fits every method on one of them,
 and measures fvu, l0, alive features, held-out ELBO, and the language model's cross-entropy with the
 reconstruction spliced in. At equal expected l0 the spike-and-slab dictionary is compared with TopK
-and BatchTopK, each at several learning rates. Each row is kept as it is finished: a run that was
-killed goes on.
+and BatchTopK, each at several learning rates. Each row is kept as it is finished, with all settings
+that made it: a run that was killed goes on, and one with other settings is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -28,11 +28,12 @@ import probsae as ps
 from benchmarks.fit_overhead import commit
 from experiments.smollm2.model import smollm2_path
 from probsae.activations import ActivationStore
-from probsae.activations.harvest import harvest
-from probsae.activations.language_model import LanguageModel, load_language_model
+from probsae.activations.harvest import fingerprint, harvest
+from probsae.activations.language_model import load_language_model
+from probsae.activations.shards import write_bytes
 from probsae.dictionary import Dictionary
 from probsae.inference import TargetL0
-from probsae.lm import splice
+from probsae.lm import Splicer
 
 HELD_OUT = 0.1
 COLUMNS = ("name", "fvu", "fvu_hard", "l0", "alive", "elbo", "loss_recovered", "kl")
@@ -88,15 +89,12 @@ def fit_plan(
 def measure(
     dictionary: Dictionary,
     held_out: ActivationStore,
-    language_model: LanguageModel,
-    token_ids: Tensor | None,
-) -> dict[str, float | int | None]:
-    """Evaluate on held-out activations and, given tokens, inside the language model."""
+    splicer: Splicer | None,
+) -> dict[str, Any]:
+    """Evaluate on held-out activations and, given a splicer, inside the language model."""
     row = dataclasses.asdict(ps.evaluate([dictionary], held_out).rows[0])
-    if token_ids is not None:
-        spliced = splice(
-            language_model, held_out.index["hook"], dictionary, token_ids, progress=False
-        )
+    if splicer is not None:
+        spliced = splicer.splice(dictionary, progress=False)
         row["loss_recovered"], row["kl"] = spliced.loss_recovered, spliced.kl
         row["cross_entropy"] = spliced.cross_entropy
         row["cross_entropy_spliced"] = spliced.cross_entropy_spliced
@@ -117,7 +115,9 @@ def held_out_contexts(store: ActivationStore, length: int, n_contexts: int) -> T
     The text's own first tokens are not in the store. Id 0 is SmolLM2's end of text, with which it
     begins a document; splicing keeps the first position as it is.
     """
-    ids, positions = store.labels("tokens").long(), store.labels("positions")
+    # The last contexts lie within these tokens of the end, wherever it cuts one.
+    end = torch.arange(max(0, len(store) - (n_contexts + 1) * (length - 1)), len(store))
+    ids, positions = store.labels("tokens", end).long(), store.labels("positions", end)
     begins = torch.nonzero(positions == 1).flatten()
     begins = begins[begins + length - 1 <= len(ids)][-n_contexts:]
     places = begins[:, None] + torch.arange(length - 1)
@@ -125,6 +125,33 @@ def held_out_contexts(store: ActivationStore, length: int, n_contexts: int) -> T
         raise ValueError(f"the store's contexts do not have {length} tokens, the first left out")
     contexts = ids[places]
     return torch.cat([torch.zeros(len(contexts), 1, dtype=torch.long), contexts], dim=1)
+
+
+def open_store(folder: Path, made: dict[str, Any]) -> ActivationStore:
+    """Open a store, having checked that it was made with the settings `made`."""
+    store = ActivationStore(folder)
+    found = store.index["settings"] | {name: store.index[name] for name in ("model", "hook")}
+    check_settings({name: found.get(name) for name in made}, made, str(folder))
+    return store
+
+
+def check_settings(found: dict[str, Any] | None, wish: dict[str, Any], what: str) -> None:
+    """Raise ValueError where what is there was made with other settings than it would be now."""
+    if found is None:
+        raise ValueError(f"{what} does not say all the settings that made it; choose another --out")
+    other = [name for name in {**wish, **found} if found.get(name) != wish.get(name)]
+    if other:
+        pairs = ", ".join(f"{name} {found.get(name)!r}, not {wish.get(name)!r}" for name in other)
+        raise ValueError(f"{what} was made with {pairs}; choose another --out, or those settings")
+
+
+def read_rows(file: Path, wishes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Read the finished rows, having checked that each was made as its plan would be now."""
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    for name, wish in wishes.items():
+        if name in rows:
+            check_settings(rows[name].get("settings"), wish, f"{name!r} in {file}")
+    return rows
 
 
 def table(rows: dict[str, dict], title: str) -> Table:
@@ -167,20 +194,33 @@ def main(
             language_model, text, list(hooks.values()), out / "stores", n_tokens=n_tokens,
             context_length=context_length,
         )  # fmt: skip
-    store = ActivationStore(folder)
+    made = {
+        "model": language_model.name, "hook": hooks[site], "text": fingerprint(text),
+        "n_tokens": n_tokens, "context_length": context_length,
+    }  # fmt: skip
+    store = open_store(folder, made)
     train, held_out = store.split(HELD_OUT)
     token_ids = held_out_contexts(held_out, context_length, n_contexts)
     scale = store.index["scale"]["scale"]
     results_file = out / (f"{folder.name}.json" if seed == 0 else f"{folder.name}.seed-{seed}.json")
-    rows = json.loads(results_file.read_text()) if results_file.exists() else {}
+    # The language model's file may lie elsewhere on another machine.
+    common = made | {
+        "model": Path(language_model.name).name, "d_sae": d_sae, "n_steps": n_steps,
+        "batch_size": batch_size, "n_contexts": n_contexts, "seed": seed,
+    }  # fmt: skip
     # A lone code is pulled down by half the coefficient: a tenth of a typical code's size.
-    for plan in plans(frontier, rates, l1=2 * scale):
-        if plan.name not in rows:
+    todo = {plan.name: plan for plan in plans(frontier, rates, l1=2 * scale)}
+    wishes = {name: common | dataclasses.asdict(plan) for name, plan in todo.items()}
+    rows = read_rows(results_file, wishes)
+    splicer = None
+    for name, plan in todo.items():
+        if name not in rows:
             dictionary = fit_plan(plan, train, d_sae, n_steps, batch_size, seed)
-            tokens = token_ids if plan.is_spliced else None
-            row = measure(dictionary, held_out, language_model, tokens)
-            rows[plan.name] = row | {"n_steps": n_steps, "seed": seed, "commit": commit()}
-            results_file.write_text(json.dumps(rows, indent=1))
+            if plan.is_spliced and splicer is None:
+                splicer = Splicer(language_model, hooks[site], token_ids)
+            row = measure(dictionary, held_out, splicer if plan.is_spliced else None)
+            rows[name] = row | {"settings": wishes[name], "commit": commit()}
+            write_bytes(results_file, json.dumps(rows, indent=1).encode())
     title = f"{hooks[site]}: {len(train):,} tokens, {len(held_out):,} held out"
     Console().print(table(rows, title))
 

@@ -142,6 +142,11 @@ def harvest(
     return [ActivationStore(folder) for folder in folders]
 
 
+def fingerprint(text: Text) -> str:
+    """Return what tells one text from another: a store keeps that of its own among its settings."""
+    return _Documents(text).fingerprint
+
+
 def _fill(
     writers: list[StoreWriter],
     model: LanguageModel,

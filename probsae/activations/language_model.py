@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from probsae.activations.resources import check_memory
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Bytes of a float32 weight over those of a stored one, where the file does not say: 4-bit GGUF
 # blocks take 4.5-5 bits a weight, half precision 16.
 _GROWTH = {"gguf": 7.0, "safetensors": 2.0}
@@ -155,6 +157,36 @@ def load_tokenizer(name: str | Path) -> Any:
     source, options = _location(Path(name))
     with _readable(name):
         return transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def check_at_hand(name: str | Path) -> None:
+    """Raise FileNotFoundError where loading a model could only end in a vain look at the hub.
+
+    Stores may name their model as they like. What is neither a file or folder here nor in the
+    hub's cache is looked for on the hub only as `owner/name`, and only online (HF_HUB_OFFLINE).
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If transformers is not installed.
+    """
+    _transformers()
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name).exists():
+        return
+    is_hub_like = _HUB_NAME.fullmatch(str(name)) and Path(name).suffix != ".gguf"
+    try:
+        if isinstance(try_to_load_from_cache(str(name), "config.json"), str):
+            return
+    except HFValidationError:
+        is_hub_like = None
+    if not is_hub_like or constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(
+            f"{str(name)!r} is no model folder or .gguf file here, "
+            + ("and the hub is switched off" if is_hub_like else "and no name of the hub's")
+        )
 
 
 def _transformers() -> Any:

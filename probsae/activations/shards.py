@@ -142,9 +142,10 @@ class Shard:
         copied = np.array(self._activations[rows])
         return torch.from_numpy(copied).view(self.dtype)
 
-    def vector(self, name: str) -> Tensor:
-        """Copy of one of the small tensors: tokens, documents, positions, norms, sum..."""
-        return torch.from_numpy(np.array(self._map(name, _OTHERS[self._header[name]["dtype"]])))
+    def vector(self, name: str, rows: np.ndarray | slice = slice(None)) -> Tensor:
+        """Copy of one of the small tensors, or some rows of it: tokens, positions, norms, sum..."""
+        mapped = self._map(name, _OTHERS[self._header[name]["dtype"]])
+        return torch.from_numpy(np.array(mapped[rows]))
 
     def _map(self, name: str, dtype: type[np.generic]) -> np.ndarray:
         entry = self._header[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -23,6 +24,8 @@ class ActivationSource(Protocol):
         """Endless shuffled float32 batches of shape (batch_size, d_in)."""
         ...
 
+
+_TEXT_ADVICE = "; text becomes activations by `probsae harvest`, or probsae.activations.harvest"
 
 ActivationData: TypeAlias = Tensor | np.ndarray | ActivationSource | Iterable[Tensor]
 
@@ -49,7 +52,8 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
             raise TypeError(f"activations must be numbers, got an array of dtype {x.dtype}")
         x = torch.from_numpy(np.ascontiguousarray(x))
     if not isinstance(x, Tensor):
-        raise TypeError(f"activations must be a tensor or an array, got {type(x).__name__}")
+        advice = _TEXT_ADVICE if isinstance(x, str | Path) else ""
+        raise TypeError(f"activations must be a tensor or an array, got {type(x).__name__}{advice}")
     if x.ndim != 2 or x.shape[0] == 0:
         raise ValueError(
             f"activations must have shape (token, d_in) with at least one token, "
@@ -95,13 +99,25 @@ def batches(
     if isinstance(data, Tensor | np.ndarray):
         return _shuffled(check_activations(data), batch_size, seed, device)
     if isinstance(data, ActivationSource):
+        if size_of(data) == 0:
+            raise ValueError(f"data must hold at least one token, got none from {data!r}")
         return data.batches(batch_size, seed=seed, device=device)
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         return (check_activations(x).to(device, torch.float32) for x in data)
     raise TypeError(
         "data must be a tensor, an array, an ActivationStore, a synthetic source or an iterator "
-        f"of batches, got {type(data).__name__}"
+        f"of batches, got {_describe(data)}"
     )
+
+
+def _describe(data: object) -> str:
+    """Say what came instead of activations, and for a path or a text how to come to some."""
+    if not isinstance(data, str | Path):
+        return type(data).__name__
+    shown = repr(str(data) if len(str(data)) < 80 else f"{str(data)[:77]}...")
+    if len(str(data)) < 4_096 and (Path(data) / "index.json").is_file():
+        return f"the path {shown}; open the store there: probsae.activations.ActivationStore(path)"
+    return f"{shown}, which is no activation store{_TEXT_ADVICE}"
 
 
 def take(

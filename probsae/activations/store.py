@@ -23,6 +23,8 @@ from probsae.activations.store_writer import INDEX, SETTINGS
 
 # Entries of a pass's permutation, at most: 32 MB. Larger stores draw runs of neighbours together.
 _MAX_RUNS = 4_194_304
+# Tokens on each side of a cut in which the beginning of a context is looked for first.
+_REACH = 4_096
 
 
 class ActivationStore:
@@ -50,6 +52,8 @@ class ActivationStore:
         If there is no finished store at `path`.
     CorruptShardError
         If the index cannot be read, or a shard is missing, cut short or of another shape.
+    ValueError
+        If the store is empty, or `rows` are not in it.
     """
 
     def __init__(self, path: str | Path, rows: range | None = None):
@@ -71,7 +75,13 @@ class ActivationStore:
         ]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self.mean = self._read_mean()
-        self.rows = range(int(self._starts[-1])) if rows is None else rows
+        every = range(int(self._starts[-1]))
+        self.rows = every if rows is None else rows
+        if not 0 <= self.rows.start < self.rows.stop <= len(every) or self.rows.step != 1:
+            raise ValueError(
+                f"rows must be a range of at least one of the {len(every)} tokens of {path}, got "
+                f"{self.rows}"
+            )
 
     def _read_mean(self) -> Float[Tensor, " d_in"]:
         try:
@@ -138,31 +148,77 @@ class ActivationStore:
             out[where] = shard.rows(local).float()
         return out
 
-    def labels(self, name: str = "tokens") -> Int[Tensor, " token"]:
-        """Return `tokens` (ids), `documents` or `positions` of the tokens in view."""
+    def labels(
+        self, name: str = "tokens", rows: Int[Tensor, " token"] | None = None
+    ) -> Int[Tensor, " token"]:
+        """Return `tokens` (ids), `documents` or `positions`, read from disk as they are asked for.
+
+        Parameters
+        ----------
+        name : {"tokens", "documents", "positions"}
+            Which label.
+        rows : Tensor, shape (token,), optional
+            Tokens of the view; all of it where None, 4 bytes each.
+
+        Raises
+        ------
+        IndexError
+            If a row is outside the view.
+        """
         if name not in ("tokens", "documents", "positions"):
             raise ValueError(f"a label is tokens, documents or positions, got {name!r}")
-        every = torch.cat([shard.vector(name) for shard in self._shards])
-        return every[self.rows.start : self.rows.stop]
+        if rows is None:
+            return self._labels_between(name, 0, self.n_tokens)
+        out = torch.empty(len(rows), dtype=torch.int32)
+        for shard, where, local in self._locate(rows):
+            out[where] = shard.vector(name, local)
+        return out
+
+    def _labels_between(self, name: str, start: int, stop: int) -> Int[Tensor, " token"]:
+        """Labels of neighbouring tokens of the view; other shards are not opened."""
+        start, stop = self.rows.start + start, self.rows.start + stop
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        parts = [
+            shard.vector(name, slice(max(start - begin, 0), stop - begin))
+            for shard, begin in zip(
+                self._shards[first : last + 1], self._starts[first:], strict=False
+            )
+        ]
+        return torch.cat(parts)
 
     def split(self, held_out: float = 0.1) -> tuple[ActivationStore, ActivationStore]:
         """Return (train, held-out) views: the held-out part is the text's end.
 
         No context is in both: they meet at the beginning of one, the nearest to the share asked
-        for (where the store knows its tokens' positions).
+        for (where the store knows its tokens' positions). Positions are read around that place
+        only.
         """
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be strictly between 0 and 1, got {held_out}")
-        wanted = round(self.n_tokens * (1 - held_out))
-        positions = self.labels("positions")
-        begins = torch.nonzero(positions[1:] <= positions[:-1]).flatten() + 1
-        if len(begins) and bool((positions >= 0).all()):
-            wanted = int(begins[(begins - wanted).abs().argmin()])
+        wanted = self._nearest_begin(round(self.n_tokens * (1 - held_out)))
         middle = self.rows.start + wanted
         parts = range(self.rows.start, middle), range(middle, self.rows.stop)
         if not all(parts):
             raise ValueError(f"{self.n_tokens} tokens are too few to hold out {held_out:.0%}")
         return ActivationStore(self.path, parts[0]), ActivationStore(self.path, parts[1])
+
+    def _nearest_begin(self, wanted: int) -> int:
+        """Return the beginning of a context nearest to `wanted`; that itself where none is known.
+
+        It is looked for in a window that grows until it holds one.
+        """
+        reach = _REACH
+        while True:
+            start, stop = max(wanted - reach - 1, 0), min(wanted + reach + 1, self.n_tokens)
+            positions = self._labels_between("positions", start, stop)
+            if bool((positions < 0).any()):
+                return wanted
+            begins = torch.nonzero(positions[1:] <= positions[:-1]).flatten() + start + 1
+            if len(begins):
+                return int(begins[(begins - wanted).abs().argmin()])
+            if stop - start == self.n_tokens:
+                return wanted
+            reach *= 8
 
     def verify(self) -> None:
         """Read every file and compare its checksum.

@@ -16,7 +16,8 @@ from probsae.inference.fit import fit as run_fit
 from probsae.inference.polish import polish as run_polish
 from probsae.inference.target_l0 import TargetL0
 from probsae.models.files import load, save
-from probsae.report.run_folder import DATA, POSTERIOR, activations_of, describe_store
+from probsae.report.run_files import DATA, POSTERIOR, describe_store
+from probsae.report.run_folder import activations_of
 
 ModelName = Literal[
     "SpikeSlabDictionary",
@@ -110,7 +111,7 @@ def fit(
         resume=out / "checkpoint" if resume else None,
     )
     save(dictionary, out / "model")
-    (out / DATA).write_text(describe_store(store, held_out))
+    (out / DATA).write_text(describe_store(store, held_out, seed))
     (out / "history.json").write_text(json.dumps(result.history))
     last = {name: values[-1] for name, values in result.history.items()}
     print(f"step {last['step']}: elbo {last['elbo']:.2f}, fvu {last['fvu']:.4f}", end="")

@@ -5,11 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from probsae.activations.resources import check_memory
-from probsae.activations.source import ActivationData, batches, check_activations
+from probsae.activations.source import (
+    ActivationData,
+    ActivationSource,
+    batches,
+    check_activations,
+)
 from probsae.models.base import SparseDictionary
 
 # Tokens that set location and scales before the first step: the deviation of a mean over them
@@ -20,10 +26,10 @@ _CODES_AT_ONCE = 4
 
 
 def check_counts(n_steps: int, batch_size: int) -> None:
-    """Raise ValueError unless both are at least 1."""
+    """Raise ValueError unless both are whole numbers of at least 1."""
     for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def check_rate(learning_rate: float) -> float:
@@ -50,6 +56,11 @@ def open_data(
     data: ActivationData, batch_size: int, n_steps: int, seed: int, device: torch.device, d_in: int
 ) -> tuple[Tensor, Iterator[Tensor]]:
     """Return the first tokens, and a stream of batches that still begins with them."""
+    if isinstance(data, ActivationSource) and data.d_in != d_in:
+        raise ValueError(
+            f"data must have the model's d_in={d_in}, got d_in={data.d_in} from {data!r}; build "
+            f"the model with d_in={data.d_in}"
+        )
     stream = batches(data, batch_size, seed=seed, device=device)
     n_first = min(n_steps, -(-_N_INITIAL_TOKENS // batch_size))
     head = list(itertools.islice(stream, n_first))

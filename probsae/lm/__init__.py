@@ -14,7 +14,7 @@ from probsae.lm.end_to_end import EndToEnd
 from probsae.lm.generate import generate
 from probsae.lm.hypotheses import HypothesisScores, log_likelihood_ratio, score_hypothesis
 from probsae.lm.intervene import ablate, maximum_codes, pin, steer
-from probsae.lm.splice import splice
+from probsae.lm.splice import Splicer, splice
 from probsae.lm.splice_result import SpliceResult
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "EndToEnd",
     "HypothesisScores",
     "SpliceResult",
+    "Splicer",
     "ablate",
     "downstream_fvu",
     "excitation",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import TiltedSpikeSlab
-from probsae.distributions.tilted import expand_row, rough_tilted_mean
+from probsae.distributions.rows import expand_row
+from probsae.distributions.tilted import rough_tilted_mean
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import (

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING
 
 from probsae.compare import Comparison
 from probsae.comparison import Report
-from probsae.dictionary import Dictionary, posterior_batches
-from probsae.metrics import calibration, recovery
-from probsae.models.base import SparseDictionary
+from probsae.dictionary import Dictionary
 from probsae.models.files import atomic_write, save
 from probsae.posterior import to_arviz
-from probsae.report import plots, run_folder
+from probsae.report import plots, run_files
 from probsae.report.comparison import comparison_table
-from probsae.scores import FOUND_COSINE
+from probsae.report.reliability import Predictions, predictions_of, probabilistic, write_reliability
 from probsae.synthetic import SyntheticActivations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Predictions: TypeAlias = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-# Tokens of the reliability diagram, of the t-SNE (the study's) and of the arviz file.
-_N_RELIABILITY, _N_TSNE, _N_POSTERIOR = 16_384, 2_048, 8
+# Tokens of the t-SNE (the study's) and of the arviz file.
+_N_TSNE, _N_POSTERIOR = 2_048, 8
 
 _CAPTIONS = {
     "recovery": "Mean max cosine similarity of the true features, by how often they fire.",
@@ -38,8 +32,8 @@ _CAPTIONS = {
 RUN_FILES = (
     *("report.md", "report.json", "posterior.nc", "model"),
     *(f"{name}.png" for name in _CAPTIONS),
-    *(run_folder.DATA, run_folder.RELIABILITY, run_folder.STABILITY, run_folder.POSTERIOR),
-    run_folder.PAGE,
+    *(run_files.DATA, run_files.RELIABILITY, run_files.STABILITY, run_files.POSTERIOR),
+    run_files.PAGE,
 )
 """Names of what a comparison writes, and of what other commands put beside it."""
 
@@ -59,7 +53,7 @@ def write_comparison(
     folder = Path(folder)
     with atomic_write(folder, RUN_FILES) as partial:
         (partial / "report.json").write_text(comparison.report.to_json())
-        predictions = _predictions(comparison.dictionaries, data)
+        predictions = predictions_of(comparison.dictionaries, data)
         for name, figure in _figures(comparison, data, predictions).items():
             figure.savefig(partial / f"{name}.png", dpi=120)
         _write_browsable(comparison.dictionaries, predictions, data, partial)
@@ -90,42 +84,17 @@ def _write_browsable(
     folder: Path,
 ) -> None:
     """Write what `probsae report` makes a page of: the first probabilistic model's features."""
-    bins = {name: calibration.reliability(*pair) for name, pair in predictions.items()}
-    (folder / run_folder.RELIABILITY).write_text(run_folder.describe_reliability(bins))
-    for name, model in list(_probabilistic(dictionaries).items())[:1]:
+    write_reliability(folder, predictions)
+    for name, model in list(probabilistic(dictionaries).items())[:1]:
         save(model, folder / "model")
-        (folder / run_folder.DATA).write_text(run_folder.describe_synthetic(data, name))
-
-
-def _predictions(dictionaries: dict[str, Dictionary], data: SyntheticActivations) -> Predictions:
-    """Probabilities and events of each probabilistic model's found features."""
-    x, z = data.to("cpu").sample(_N_RELIABILITY, seed=2)
-    predictions = {}
-    for name, dictionary in _probabilistic(dictionaries).items():
-        match = recovery.match_features(dictionary.dictionary().cpu(), data.features.cpu())
-        is_found = match.cosine > FOUND_COSINE
-        learned, true = match.learned[is_found], match.true[is_found]
-        p_active = torch.cat(
-            [post.p_active[:, learned].cpu() for _, _, post in posterior_batches(dictionary, x)]
-        )
-        if len(learned):
-            predictions[name] = p_active, z[:, true] != 0
-    return predictions
-
-
-def _probabilistic(dictionaries: dict[str, Dictionary]) -> dict[str, SparseDictionary]:
-    return {
-        name: d
-        for name, d in dictionaries.items()
-        if isinstance(d, SparseDictionary) and not d.is_deterministic
-    }
+        (folder / run_files.DATA).write_text(run_files.describe_synthetic(data, name))
 
 
 def _write_posterior(
     dictionaries: dict[str, Dictionary], data: SyntheticActivations, path: Path
 ) -> None:
     """Write the first probabilistic model's posterior of a few tokens."""
-    model = next(iter(_probabilistic(dictionaries).values()), None)
+    model = next(iter(probabilistic(dictionaries).values()), None)
     if model is not None:
         x, _ = data.sample(_N_POSTERIOR, seed=3)
         to_arviz(model, x, n_draws=200).to_netcdf(path)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from probsae.activations.store import ActivationStore
@@ -19,23 +16,24 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.metrics.calibration import Reliability
 from probsae.models.base import SparseDictionary
 from probsae.models.files import load
-from probsae.report.effects import NO_EFFECTS, effects_of
+from probsae.report.effects import CANNOT_READ, NO_EFFECTS, effects_of
 from probsae.report.features import DirectionUncertainty, FeatureData, LogitEffects, gather_features
 from probsae.report.html import Page, load_template, write_browser
+from probsae.report.run_files import (
+    DATA,
+    PAGE,
+    POSTERIOR,
+    RELIABILITY,
+    read_json,
+)
+from probsae.report.stability import read_stability, write_stability
 from probsae.report.token_text import Decode, TokenText, token_text
 from probsae.synthetic import SyntheticActivations
 
-DATA, RELIABILITY, POSTERIOR = "data.json", "reliability.json", "posterior"
-STABILITY, PAGE = "stability.safetensors", "report.html"
 # Of fresh synthetic tokens: none that a fit or its evaluation has seen.
 _SEED = 4
 # Instead of a tokenizer's name: show token ids.
 NO_TOKENIZER = "none"
-
-
-def describe_store(store: str | Path, held_out: float) -> str:
-    """Return the content of data.json: which activations a dictionary was fitted to."""
-    return json.dumps({"store": str(Path(store).resolve()), "held_out": held_out}, indent=2)
 
 
 def held_out_share(
@@ -48,7 +46,7 @@ def held_out_share(
     ValueError
         If `share` holds tokens of the same store that a run was fitted to.
     """
-    facts = [_read(Path(run) / DATA) for run in runs]
+    facts = [read_json(Path(run) / DATA) for run in runs]
     place = str(Path(store).resolve())
     unseen = {
         str(run): float(fact["held_out"])
@@ -66,19 +64,6 @@ def held_out_share(
     return least if share is None else share
 
 
-def describe_synthetic(data: SyntheticActivations, method: str) -> str:
-    """Return the content of data.json for the dictionary that `method` fitted to `data`."""
-    names = ("d_in", "n_features", "n_active", "decay", "correlation", "magnitudes", "noise_scale")
-    arguments = {name: getattr(data, name) for name in (*names, "seed")}
-    return json.dumps({"synthetic": arguments, "method": method}, indent=2)
-
-
-def describe_reliability(bins: dict[str, Reliability]) -> str:
-    """Return the content of reliability.json: diagrams by method."""
-    lists = {n: {k: v.tolist() for k, v in b._asdict().items()} for n, b in bins.items()}
-    return json.dumps(lists, indent=2)
-
-
 def report_run(
     run: str | Path,
     *,
@@ -88,6 +73,7 @@ def report_run(
     level: float = 0.9,
     posterior: DirectionUncertainty | None = None,
     logit_effects: LogitEffects | str | None = None,
+    others: Sequence[str | Path] = (),
     out: str | Path | None = None,
 ) -> Path:
     """Write the feature browser of a run folder.
@@ -101,8 +87,8 @@ def report_run(
     store : str or Path, optional
         Activations to show features on; by default those of the fit. Their held-out end is used.
     tokenizer : str, optional
-        Language model whose tokenizer reads the store's tokens, by default the store's own;
-        "none" shows token ids.
+        Language model whose tokenizer reads the store's tokens, by default the store's own, or
+        token ids where that is not at hand; "none" shows token ids.
     n_tokens : int, default 16,384
         Tokens to look at, from the beginning of the held-out text.
     level : float, default 0.9
@@ -112,6 +98,9 @@ def report_run(
     logit_effects : str or LogitEffects, optional
         Language model to read each feature's effects on the next token from, by default the
         store's own where it is here; "none" shows none. Or the effects, see `gather_features`.
+    others : sequence of str or Path, optional
+        Folders of other runs, from other seeds, to look for the features in first: what is found
+        is kept in the folder (`probsae.report.stability.write_stability`).
     out : str or Path, optional
         The page, by default report.html in the run folder.
 
@@ -125,12 +114,15 @@ def report_run(
     FileNotFoundError
         If the folder has neither dictionary nor comparison, or store or tokenizer are missing.
     ValueError
-        If a file is damaged, or the store does not fit the dictionary.
+        If a file is damaged, the store does not fit the dictionary, or one of `others` is not
+        another fit of activations as wide.
     """
     run = Path(run)
     load_template()  # jinja2 and Vega: fail before the work, not after it
     facts: dict[str, str] = {}
     features = None
+    if others:
+        write_stability(run, others)
     if (run / "model").exists():
         features, facts = gather_run(
             run, store=store, tokenizer=tokenizer, n_tokens=n_tokens,
@@ -148,9 +140,9 @@ def report_run(
         report=_report(run / "report.json"),
         reliability={
             name: Reliability(**{key: torch.from_numpy(np.array(v)) for key, v in bins.items()})
-            for name, bins in _read(run / RELIABILITY).items()
+            for name, bins in read_json(run / RELIABILITY).items()
         },
-        history=_read(run / "history.json"),
+        history=read_json(run / "history.json"),
     )
     return write_browser(page, out or run / PAGE)
 
@@ -178,18 +170,21 @@ def gather_run(
         )
     model = load(run / "model")
     facts = {
-        "dictionary": _read(run / DATA).get("method", type(model).__name__),
+        "dictionary": read_json(run / DATA).get("method", type(model).__name__),
         "size": f"{model.d_sae:,} features in {model.d_in:,} dimensions",
     }
     x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts)
     if logit_effects is None or isinstance(logit_effects, str):
-        logit_effects = _logit_effects(run, store, model, logit_effects)
+        logit_effects = _logit_effects(run, store, model, logit_effects, facts)
+    stability, description = read_stability(run, model.d_sae)
+    if description:
+        facts["stability"] = description
     features = gather_features(
         model,
         x,
         text=text,
         posterior=posterior or read_posterior(run),
-        stability=_stability(run / STABILITY, model.d_sae),
+        stability=stability,
         logit_effects=logit_effects,
         level=level,
     )
@@ -210,7 +205,7 @@ def activations_of(run: str | Path, store: str | Path | None = None) -> tuple[An
     FileNotFoundError
         If the folder does not say, and no store is given.
     """
-    data = _read(Path(run) / DATA)
+    data = read_json(Path(run) / DATA)
     if store is None and "synthetic" in data:
         source = SyntheticActivations(**_arguments(data["synthetic"]))
         return source, source
@@ -219,13 +214,37 @@ def activations_of(run: str | Path, store: str | Path | None = None) -> tuple[An
     return ActivationStore(store or data["store"]).split(data.get("held_out", 0.1))
 
 
+def synthetic_source(runs: Sequence[str | Path]) -> SyntheticActivations:
+    """Return the activations with known features that all `runs` were fitted to.
+
+    Raises
+    ------
+    ValueError
+        If a run was fitted to others, or to a store.
+    """
+    facts: list[Any] = [read_json(Path(run) / DATA).get("synthetic") for run in runs]
+    for run, fact in zip(runs, facts, strict=True):
+        if fact is None or fact != facts[0]:
+            state = "not fitted to synthetic activations" if fact is None else "fitted to others"
+            raise ValueError(f"{run} was {state}; pass --store, the activations to compare runs on")
+    return SyntheticActivations(**_arguments(facts[0]))
+
+
 def _logit_effects(
-    run: Path, store: str | Path | None, model: SparseDictionary, name: str | None
+    run: Path,
+    store: str | Path | None,
+    model: SparseDictionary,
+    name: str | None,
+    facts: dict[str, str],
 ) -> LogitEffects | None:
+    """Return the effects, or add to `facts` why there are none."""
     source, _ = activations_of(run, store)
     if not isinstance(source, ActivationStore):
         return None
-    return effects_of(source, model.dictionary(), name)
+    effects, remark = effects_of(source, model.dictionary(), name)
+    if effects is None:
+        facts["effects on logits"] = f"none: {remark}"
+    return effects
 
 
 def _tokens_to_show(
@@ -239,7 +258,7 @@ def _tokens_to_show(
     """Return held-out or fresh tokens and their text, and add to `facts` what they are."""
     source, rest = activations_of(run, store)
     if isinstance(source, SyntheticActivations):
-        arguments = _read(run / DATA)["synthetic"]
+        arguments = read_json(run / DATA)["synthetic"]
         facts["activations"] = ", ".join(f"{k} {v}" for k, v in arguments.items())
         facts["tokens"] = f"{n_tokens:,}, fresh"
         return source.sample(n_tokens, seed=_SEED)[0], None
@@ -251,20 +270,27 @@ def _tokens_to_show(
     facts |= {"language model": Path(source.index["model"]).name, "hook": source.index["hook"]}
     facts |= {"store": str(source.path), "tokens": f"{n_tokens:,}, held out"}
     facts["title"] = " ".join(filter(None, [facts["language model"], facts["hook"]])) or run.name
-    text = token_text(rest, n_tokens, _decode(source, tokenizer))
+    text = token_text(rest, n_tokens, _decode(source, tokenizer, facts))
     return rest.gather(torch.arange(n_tokens)), text
 
 
-def _decode(store: ActivationStore, tokenizer: str | None) -> Decode | None:
-    """Return what turns the store's token ids into text."""
+def _decode(store: ActivationStore, tokenizer: str | None, facts: dict[str, str]) -> Decode | None:
+    """Return what turns the store's token ids into text, or add to `facts` why nothing does."""
     name = tokenizer or store.index["model"]
     if name in ("", NO_TOKENIZER):
         return None
-    from probsae.activations.language_model import load_tokenizer
+    from probsae.activations.language_model import check_at_hand, load_tokenizer
 
     try:
+        if tokenizer is None:
+            check_at_hand(name)
         found = load_tokenizer(name)
-    except FileNotFoundError as error:
+    except CANNOT_READ as error:
+        if tokenizer is None:
+            facts["text"] = f"token ids: {error}; --tokenizer MODEL names a tokenizer"
+            return None
+        if not isinstance(error, FileNotFoundError):
+            raise
         raise FileNotFoundError(
             f"{error}; pass --tokenizer MODEL, or --tokenizer none to show token ids"
         ) from error
@@ -276,18 +302,6 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _stability(path: Path, d_sae: int) -> Tensor | None:
-    if not path.exists():
-        return None
-    try:
-        stability = load_file(path)["stability"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} must hold a tensor 'stability': {error!r}") from error
-    if stability.shape != (d_sae,):
-        raise ValueError(f"{path} must hold shape ({d_sae},), got {tuple(stability.shape)}")
-    return stability
-
-
 def _report(path: Path) -> Report | None:
     if not path.exists():
         return None
@@ -295,13 +309,3 @@ def _report(path: Path) -> Report | None:
         return Report.from_json(path.read_text())
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no readable comparison: {error!r}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from error

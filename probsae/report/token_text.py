@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
 from probsae.activations.store import ActivationStore
@@ -67,8 +68,10 @@ def token_text(
     >>> token_text(ActivationStore(writer.path))
     TokenText(strings=('#5', '#6', '#7'), index=array([0, 1, 0, 2]), starts=array([0, 2]))
     """
+    n_tokens = len(store) if n_tokens is None else min(n_tokens, len(store))
     ids, documents, positions = (
-        store.labels(name)[:n_tokens].numpy() for name in ("tokens", "documents", "positions")
+        store.labels(name, torch.arange(n_tokens)).numpy()
+        for name in ("tokens", "documents", "positions")
     )
     if (ids < 0).any():
         return None

@@ -16,6 +16,9 @@ from probsae.study.sections.section import Section
 from probsae.study.table import answer_tables
 
 _DPI = 100
+_FAILED = (
+    "Fits that stopped before their end, and are measured as they were after their last good step:"
+)
 
 
 def write_report(path: Path) -> Path:
@@ -44,11 +47,16 @@ def write_report(path: Path) -> Path:
         sections=sections,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         tables=tables,
+        failed=_FAILED,
+        failures=results.failures,
         version=version("probsae"),
     )
     with atomic_write(path / "report") as folder:
         (folder / "index.html").write_text(page)
-        text = "\n\n".join(table.to_markdown() for table in tables)
+        parts = [table.to_markdown() for table in tables]
+        if results.failures:
+            parts.append("\n".join([_FAILED, "", *(f"- {line}" for line in results.failures)]))
+        text = "\n\n".join(parts)
         (folder / "answer.md").write_text(text + "\n")
         for name, content in pictures.items():
             (folder / f"{name}.png").write_bytes(content)

@@ -42,6 +42,16 @@ class Results:
     """A line for each group."""
 
     @property
+    def failures(self) -> list[str]:
+        """The fits that stopped before their end, each with its reason."""
+        return [
+            f"{row.method} at ratio {row.ratio:g}, decay {row.decay:g}, "
+            f"{'' if row.is_correlated else 'un'}correlated features: {row.failure}"
+            for table in (self.grid, self.answer)
+            for row in table[table["failure"].notna()].itertuples()
+        ]
+
+    @property
     def decays(self) -> list[float]:
         """Of the data sets, ascending."""
         return sorted(self.scale.decays)

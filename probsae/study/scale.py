@@ -8,6 +8,12 @@ from typing import Any
 
 # The study's number of features: its decays are meant for as many.
 _STUDY_FEATURES = 512
+# Counts, and the least that each may be: t-SNE needs some neighbours.
+_COUNTS = {
+    **dict.fromkeys(("d_in", "n_features", "batch_size", "n_steps", "look_every"), 1),
+    **dict.fromkeys(("n_evaluation_tokens", "n_medoid_tokens"), 1),
+    "n_exploration_tokens": 4,
+}
 _STUDY_PENALTIES = (0.01, 0.02, 0.03, 0.06, 0.1, 0.18)
 
 
@@ -17,6 +23,11 @@ class Scale:
 
     Decays are named as in the study of 512 features. With fewer, each is raised to the power
     512 / n_features, so that the rarest feature is as much rarer than the commonest as there.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or numbers do not fit each other.
     """
 
     name: str
@@ -45,6 +56,55 @@ class Scale:
     grid_decay: float = 0.99
     """The decay that the whole grid is run at; the others have ratio 1 only."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where a study of this scale would end in its middle."""
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"{name} must be a whole number of at least {least}, got {value!r}"
+                )
+        for name in ("n_active", "relu_rate", "laplace_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name in ("ratios", "penalties", "decays", "classical_sizes"):
+            self._check_list(name, getattr(self, name))
+        self._check_lists_fit()
+
+    def _check_list(self, name: str, values: tuple[float, ...]) -> None:
+        """Raise unless there are values, positive, and told apart by the names of their groups."""
+        printed = {f"{value:g}" for value in values}
+        if not values or not all(value > 0 for value in values) or len(printed) < len(values):
+            raise ValueError(f"{name} must hold different positive numbers, got {values}")
+
+    def _check_lists_fit(self) -> None:
+        few = [ratio for ratio in self.ratios if round(ratio * self.n_features) < 1]
+        if few:
+            raise ValueError(
+                f"ratios must leave at least one dictionary entry of {self.n_features} features, "
+                f"got {few[0]:g}: {few[0] * self.n_features:g}"
+            )
+        if 1 not in self.ratios or len(self.ratios) < 2:
+            raise ValueError(
+                "ratios must hold 1, where single features are looked at, and another, whose "
+                f"dictionaries are compared with those, got {self.ratios}"
+            )
+        if self.grid_decay not in self.decays:
+            raise ValueError(f"grid_decay must be one of {self.decays}, got {self.grid_decay}")
+        if list(self.classical_sizes) != sorted(self.classical_sizes):
+            raise ValueError(f"classical_sizes must be ascending, got {self.classical_sizes}")
+        if self.classical_sizes[-1] < self.n_features:
+            raise ValueError(
+                f"classical_sizes must reach n_features={self.n_features} tokens, which as many "
+                f"means need, got {self.classical_sizes}"
+            )
+        if max(self.decays) > 1:
+            raise ValueError(f"decays must be at most 1, got {self.decays}")
+        if self.n_active > self.n_features:
+            raise ValueError(
+                f"n_active must be at most n_features={self.n_features}, got {self.n_active}"
+            )
+
     @property
     def is_the_studys(self) -> bool:
         """Whether figures may be held against the study's own."""
@@ -56,7 +116,7 @@ class Scale:
 
     def d_sae(self, ratio: float) -> int:
         """Return the number of dictionary entries at `ratio`."""
-        return max(1, round(ratio * self.n_features))
+        return round(ratio * self.n_features)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every number, as JSON holds it."""

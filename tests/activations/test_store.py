@@ -7,6 +7,7 @@ import torch
 
 from probsae.activations import ActivationStore, CorruptShardError, StoreWriter, robust_scale
 from probsae.activations.scaling import limit_norms
+from probsae.activations.shards import Shard
 
 
 def write(folder, x, shard_tokens=16, dtype="float32", **labels):
@@ -237,3 +238,48 @@ def test_robust_scale_ignores_massive_tokens():
     assert wild.scale == pytest.approx(calm.scale, rel=0.01)
     assert wild.standard_deviation > 30 * calm.standard_deviation
     assert wild.massive_token_share == pytest.approx(3 / 2000)
+
+
+@pytest.fixture
+def read_rows(monkeypatch):
+    """Count the label rows that are read."""
+    read = []
+    vector = Shard.vector
+
+    def counting(self, name, *rows):
+        found = vector(self, name, *rows)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(Shard, "vector", counting)
+    return read
+
+
+def test_labels_are_read_as_asked_for(tmp_path, x, read_rows):
+    ids = torch.randperm(50)
+    store = write(tmp_path / "s", x, tokens=ids)
+    view = ActivationStore(store.path, range(14, 34))  # of three shards of 16
+    read_rows.clear()
+    assert view.labels().tolist() == ids[14:34].tolist()
+    assert read_rows == [2, 16, 2]
+    read_rows.clear()
+    rows = torch.tensor([19, 0, 3])
+    assert view.labels("tokens", rows).tolist() == ids[14:34][rows].tolist()
+    assert sum(read_rows) == 3
+    with pytest.raises(IndexError, match="within 0 and 19"):
+        view.labels("tokens", torch.tensor([20]))
+
+
+@pytest.mark.parametrize("length", [6, 40])
+@pytest.mark.parametrize("reach", [1, 3, 4_096])
+def test_split_looks_near_its_cut_only(tmp_path, x, read_rows, monkeypatch, length, reach):
+    store = write(tmp_path / "s", x, positions=torch.arange(50) % length)
+    begins = torch.arange(length, 50, length)
+    monkeypatch.setattr("probsae.activations.store._REACH", reach)
+    for share in (0.1, 0.3, 0.5, 0.9):
+        read_rows.clear()
+        train, _ = store.split(share)
+        distance = (begins - round(50 * (1 - share))).abs()
+        assert len(train) == begins[distance.argmin()]
+        if length == 6 and reach == 3:  # half a context on either side holds a beginning
+            assert sum(read_rows) <= 8

@@ -23,6 +23,7 @@ from probsae.metrics import Correspondence
 
 def test_contexts_are_whole():
     assert contexts_of(list(range(7)), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert contexts_of(iter(range(7)), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
     assert contexts_of([0, 1], 3).shape == (0, 3)
 
 

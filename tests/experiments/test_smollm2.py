@@ -1,11 +1,13 @@
 """A small version of the SmolLM2 experiment, on its real activations."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.smollm2.run import held_out_contexts, main
+from experiments.smollm2 import run
+from experiments.smollm2.run import held_out_contexts, main, open_store, read_rows
 from probsae.activations import ActivationStore, StoreWriter
 
 
@@ -23,6 +25,40 @@ def test_held_out_contexts_are_contexts_of_the_text(tmp_path):
     assert torch.equal(contexts[:, 1:], text[-2:, 1:])
     with pytest.raises(ValueError, match="do not have 11 tokens"):
         held_out_contexts(held_out, 11, n_contexts=2)
+
+
+def test_rows_of_other_settings_are_refused(tmp_path):
+    file, wish = tmp_path / "rows.json", {"d_sae": 64, "n_steps": 12, "target_l0": None}
+    assert read_rows(file, {"SpikeSlab": wish}) == {}
+    file.write_text(json.dumps({"SpikeSlab": {"fvu": 0.1, "settings": wish}}))
+    assert read_rows(file, {"SpikeSlab": wish, "PCA": wish})["SpikeSlab"]["fvu"] == 0.1
+    with pytest.raises(
+        ValueError, match=r"'SpikeSlab' in .*rows.json was made with n_steps 12, not 9;"
+    ):
+        read_rows(file, {"SpikeSlab": wish | {"n_steps": 9}})
+    with pytest.raises(ValueError, match="seed None, not 1"):
+        read_rows(file, {"SpikeSlab": wish | {"seed": 1}})
+
+
+def test_committed_rows_can_be_read_but_not_gone_on_with():
+    files = sorted((Path(run.__file__).parent / "results").glob("*.json"))
+    assert len(files) == 2
+    for file in files:
+        rows = read_rows(file, {})
+        assert all({"fvu", "n_steps", "seed", "commit"} <= set(row) for row in rows.values())
+        with pytest.raises(ValueError, match="does not say all the settings"):
+            read_rows(file, {"SpikeSlab": {"d_sae": 1_536}})
+
+
+def test_a_store_of_other_settings_is_refused(tmp_path):
+    settings = {"text": "abc", "n_tokens": 20, "context_length": 9}
+    writer = StoreWriter(tmp_path / "s", 4, model="lm", hook="h", settings=settings)
+    writer.append(torch.randn(20, 4))
+    writer.finish()
+    made = settings | {"model": "lm", "hook": "h"}
+    assert len(open_store(tmp_path / "s", made)) == 20
+    with pytest.raises(ValueError, match="made with text 'abc', not 'xyz', n_tokens 20, not 30"):
+        open_store(tmp_path / "s", made | {"text": "xyz", "n_tokens": 30})
 
 
 @pytest.mark.slow
@@ -58,4 +94,8 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys
     before = [file.stat().st_mtime_ns for file in results]
     main(**options)  # everything is there: nothing is fitted again
     assert [file.stat().st_mtime_ns for file in results] == before
+    with pytest.raises(ValueError, match="n_steps 12, not 13"):
+        main(**(options | {"n_steps": 13}))
+    with pytest.raises(ValueError, match="n_tokens 3000, not 4000"):
+        main(**(options | {"n_tokens": 4_000}))
     assert "291 held out" in capsys.readouterr().out  # from the nearest context on

@@ -145,3 +145,23 @@ def test_a_step_through_pyro_shows_what_the_closed_form_shows(build):
         )
     for (name, a), b in zip(direct.named_buffers(), through_pyro.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_bfloat16_products_are_rounded_and_everything_else_is_float32():
+    model = ps.TopKSAE(d_in=64, d_sae=128, k=5)
+    a, b = torch.randn(40, 128), torch.randn(128, 64)
+    model.product_dtype = torch.bfloat16
+    product = model.product(a, b)
+    assert product.dtype == torch.float32
+    unit = 2.0**-9  # half a unit in the last of bfloat16's 8 bits
+    size = a.double().abs() @ b.double().abs()
+    error = (product.double() - a.double() @ b.double()).abs()
+    # Each factor and the product once; sums of 128 terms in float32 are far below.
+    assert bool((error <= 3.1 * unit * size).all())
+    x = torch.randn(40, 64)
+    posterior = model.encode(x)
+    terms = elbo_terms(model, x, posterior)
+    assert {value.dtype for value in terms} == {torch.float32}
+    # What is left is that of the rounded reconstruction, to float32's rounding and not bfloat16's.
+    expected = (x.double() - model.decode(posterior.mean).double()).square().sum(1)
+    torch.testing.assert_close(terms.squared_error.double(), expected, rtol=1e-5, atol=0)

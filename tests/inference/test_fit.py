@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import probsae as ps
+from probsae.activations import ActivationStore, StoreWriter
 from probsae.inference import (
     Callback,
     Checkpoint,
@@ -28,6 +29,14 @@ from probsae.inference import (
 from probsae.inference.fit import _SingleFit
 
 OPTIONS = {"n_steps": 30, "batch_size": 32, "device": "cpu", "progress": False}
+
+
+class Narrow(ps.SyntheticActivations):
+    """A source of another width or size than it should have."""
+
+    def __init__(self, d_in, n_tokens=100):
+        super().__init__(d_in=d_in, n_features=10, n_active=2)
+        self.n_tokens = n_tokens
 
 
 def small_model(cls=ps.SpikeSlabDictionary, **options):
@@ -66,9 +75,16 @@ def test_an_iterator_that_ends_ends_the_fit(source):
         (iter([]), ValueError, "empty iterator"),
         (torch.zeros(50), ValueError, "shape"),
         (3, TypeError, "data"),
+        ("once upon a time", TypeError, "'once upon a time', which is no activation store; text"),
+        (Path("nowhere"), TypeError, "'nowhere', which is no activation store"),
+        (["once", "upon"], TypeError, "got str; text becomes activations by `probsae harvest`"),
+        (Narrow(7), ValueError, "model's d_in=8, got d_in=7 from Narrow"),
+        (Narrow(9), ValueError, "model's d_in=8, got d_in=9 from Narrow"),
+        (Narrow(8, n_tokens=0), ValueError, "at least one token, got none from Narrow"),
         (np.array([["a"]]), TypeError, "numbers"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_unusable_data_are_refused_and_change_nothing(data, error, words):
     model = small_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -77,7 +93,33 @@ def test_unusable_data_are_refused_and_change_nothing(data, error, words):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{"n_steps": 0}, {"batch_size": 0}, {"learning_rate": -1.0}])
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_path_of_a_store_is_told_from_other_paths(tmp_path):
+    writer = StoreWriter(tmp_path / "store", 8)
+    writer.append(torch.randn(20, 8))
+    writer.finish()
+    for path in (tmp_path / "store", str(tmp_path / "store")):
+        with pytest.raises(TypeError, match=r"open the store there: .*ActivationStore\(path\)"):
+            ps.fit(small_model(), path, **OPTIONS)
+    with pytest.raises(ValueError, match=r"d_in=9, got d_in=8 from ActivationStore\('.*20 x 8"):
+        ps.fit(ps.TopKSAE(9, 12, k=2), ActivationStore(tmp_path / "store"), **OPTIONS)
+    for rows in (range(5, 5), range(21), range(0, 20, 2)):
+        with pytest.raises(ValueError, match="at least one of the 20 tokens"):
+            ActivationStore(tmp_path / "store", rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_steps": 0},
+        {"n_steps": 2.5},
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"batch_size": 32.0},
+        {"learning_rate": -1.0},
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
 def test_unusable_settings_are_refused(options, source):
     with pytest.raises(ValueError, match=next(iter(options))):
         ps.fit(small_model(), source, **(OPTIONS | options))

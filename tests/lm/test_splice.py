@@ -9,7 +9,7 @@ from scipy import stats
 
 import probsae as ps
 from probsae.distributions import SpikeSlab
-from probsae.lm import SpliceResult, downstream_fvu, read_tokens, splice
+from probsae.lm import Splicer, SpliceResult, downstream_fvu, read_tokens, splice
 from tests.conftest import FALSE_ALARM_RATE
 from tests.lm.tiny import VOCABULARY, signed_identity, tiny_gpt2, tiny_language_model, tiny_llama
 
@@ -97,6 +97,31 @@ def test_a_token_changes_nothing_before_it():
     result = splice(model, "model.layers.0", change_position_five, IDS)
     assert torch.equal(result.token_kl[:, :5], torch.zeros(6, 5))
     assert bool((result.token_kl[:, 5:].abs() > 1e-6).all())
+
+
+@pytest.mark.parametrize("keep_first", [True, False])
+def test_a_splicer_gives_what_splice_gives(keep_first, monkeypatch):
+    language_model = tiny_language_model()
+    place = {"batch_size": 4, "keep_first": keep_first}  # six contexts: the last batch is short
+    splicer = Splicer(language_model, "layers.0", IDS, **place)
+    passes = []
+    logits = type(language_model).logits
+    monkeypatch.setattr(
+        type(language_model), "logits", lambda self, ids: passes.append(1) or logits(self, ids)
+    )
+    wishes = [(Coin(), {"n_draws": 3, "seed": 5}), (torch.zeros_like, {}), (Coin(), {"n_draws": 1})]
+    for dictionary, options in wishes:
+        passes.clear()
+        again = splicer.splice(dictionary, **options)
+        assert len(passes) == 2 * (1 + options.get("n_draws", 0))  # two batches
+        alone = splice(language_model, "layers.0", dictionary, IDS, **place, **options)
+        for name, value in vars(alone).items():
+            assert torch.equal(getattr(again, name), value), name
+    with pytest.raises(ValueError, match="pass the dictionary itself"):
+        splicer.splice(lambda x: x, n_draws=2)
+    monkeypatch.setattr("probsae.activations.resources.available_memory", lambda: 100)
+    with pytest.raises(MemoryError, match="log-probabilities"):
+        Splicer(language_model, "layers.0", IDS, **place)
 
 
 def test_first_position_is_left_alone():

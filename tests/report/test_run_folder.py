@@ -1,6 +1,7 @@
 """`probsae report` on what the other commands leave behind."""
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from probsae.lm import logit_effects
 from probsae.metrics.calibration import reliability
 from probsae.models.files import load
 from probsae.report import report_run
-from probsae.report.run_folder import describe_reliability, describe_synthetic
+from probsae.report.run_files import describe_reliability, describe_synthetic
 from tests.lm.tiny import tiny_llama
 
 FIT = ["--d-sae", 12, "--n-steps", 4, "--batch-size", 64]
@@ -81,6 +82,63 @@ def test_stability_is_read_where_it_is(fitted, tmp_path):
         report_run(fitted, out=tmp_path / "q.html")
     (fitted / "stability.safetensors").unlink()
     assert not (tmp_path / "q.html").exists()
+
+
+def test_report_compares_with_other_runs(fitted, store, tmp_path, capsys):
+    sizes = ["--n-steps", 4, "--batch-size", 64]
+    run("fit", store, "--out", tmp_path / "wide", "--seed", 1, "--d-sae", 20, *sizes)
+    run("fit", store, "--out", tmp_path / "third", "--seed", 2, "--d-sae", 12, *sizes)
+    shutil.copytree(fitted, tmp_path / "run")
+    others = [tmp_path / "wide", tmp_path / "third"]
+    run("report", tmp_path / "run", "--others", *others)
+    directions = load(tmp_path / "run" / "model").dictionary()
+    cosines = [directions @ load(other / "model").dictionary().T for other in others]
+    expected = torch.stack([cosine.amax(1) for cosine in cosines])
+    page = tmp_path / "run" / "report.html"
+    shown = torch.tensor(data_of(page)["features"]["columns"]["stability"])
+    torch.testing.assert_close(shown, expected.mean(0), rtol=6e-3, atol=1e-6)
+    share = float((expected > 0.9).double().mean())
+    fact = f"largest cosine with a feature of wide, third, mean; above 0.9 for {share:.0%} of 12"
+    assert fact in page.read_text()
+    page.unlink()
+    run("report", tmp_path / "run")  # it is kept
+    assert fact in page.read_text()
+    narrow = tmp_path / "narrow"
+    ps.save(ps.TopKSAE(d_in=5, d_sae=8, k=2), narrow / "model")
+    for other, message in (
+        (tmp_path / "run", "itself"),
+        (fitted, "began from seed 0, as"),
+        (narrow, "got d_in=8 and d_in=5"),
+        (tmp_path / "nowhere", "holds no dictionary"),
+    ):
+        with pytest.raises(SystemExit):
+            run("report", tmp_path / "run", "--others", other)
+        assert message in capsys.readouterr().err
+
+
+def test_evaluating_on_known_features_writes_reliability(tmp_path, store, fitted, capsys):
+    source = ps.SyntheticActivations(d_in=6, n_features=4, n_active=1, noise_scale=0.1, seed=3)
+    models = {"slab": ps.SpikeSlabDictionary(d_in=6, d_sae=4), "topk": ps.TopKSAE(6, 4, k=1)}
+    for name, model in models.items():
+        model.W_dec.data.copy_(source.features)
+        ps.save(model, tmp_path / name / "model")
+        (tmp_path / name / "data.json").write_text(describe_synthetic(source, name))
+    kept = {"Laplace": {"predicted": [0.5]}}
+    (tmp_path / "slab" / "reliability.json").write_text(json.dumps(kept))
+    runs = [tmp_path / name for name in models]
+    run("evaluate", *runs, "--n-tokens", 500, "--out", tmp_path / "table.json")
+    rows = ps.Report.from_json((tmp_path / "table.json").read_text()).rows
+    assert [row.mmcs for row in rows] == pytest.approx([1, 1])
+    assert not (tmp_path / "topk" / "reliability.json").exists()
+    written = json.loads((tmp_path / "slab" / "reliability.json").read_text())
+    assert written.pop("Laplace") == kept["Laplace"]
+    x, z = source.sample(16_384, seed=2)
+    expected = reliability(models["slab"].encode(x).p_active, z != 0)
+    assert written["slab"]["count"] == expected.count.tolist()
+    assert written["slab"]["observed"] == pytest.approx(expected.observed.tolist())
+    with pytest.raises(SystemExit):
+        run("evaluate", tmp_path / "slab", fitted)
+    assert "not fitted to synthetic activations; pass --store" in capsys.readouterr().err
 
 
 def test_a_synthetic_run_is_drawn_again(tmp_path):
@@ -160,6 +218,29 @@ def test_logit_effects_are_those_of_the_harvested_model(tmp_path, monkeypatch):
     assert data_of(page)["features"]["effects"] is None
     with pytest.raises(ValueError, match="residual stream"):
         report_run(tmp_path / "hidden.run", **hidden, logit_effects="model")
+
+
+@pytest.mark.parametrize("name", ["mine", "my models/no 1", "owner/name", "/gone/model.gguf"])
+def test_a_model_that_is_nowhere_leaves_token_ids_and_says_why(tmp_path, monkeypatch, capsys, name):
+    from huggingface_hub import constants
+
+    def refuse(*_, **__):
+        raise AssertionError("the network was tried")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", name == "owner/name")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    writer = StoreWriter(tmp_path / "store", 4, model=name, hook="layer")
+    writer.append(torch.randn(100, 4), tokens=torch.arange(100))
+    writer.finish()
+    ps.save(ps.TopKSAE(d_in=4, d_sae=8, k=2), tmp_path / "run" / "model")
+    page = report_run(tmp_path / "run", store=tmp_path / "store")
+    assert data_of(page)["features"]["text"]["strings"][0] == "#90"
+    assert data_of(page)["features"]["effects"] is None
+    text = html.unescape(page.read_text())
+    assert f"token ids: {name!r} is no model folder or .gguf file here" in text
+    assert f"none: {name!r} is no file or folder here; --effects MODEL" in text
+    run("inspect", tmp_path / "run", "--feature", 0, "--store", tmp_path / "store")
+    assert "--tokenizer MODEL" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -50,6 +52,32 @@ def test_decays_keep_the_ratio_of_rarest_to_commonest(scale):
     ratio = float(p[-1] / p[0]) * scale.decay_per_feature(0.99)
     assert ratio == pytest.approx(0.99**512, rel=1e-4)
     assert float(p.sum()) == pytest.approx(scale.n_active, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_steps": 0}, "n_steps must be a whole number of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number of at least 1, got 2.5"),
+        ({"n_exploration_tokens": 3}, "n_exploration_tokens must be a whole number of at least 4"),
+        ({"relu_rate": 0.0}, "relu_rate must be positive"),
+        ({"n_active": 13}, "n_active must be at most n_features=12, got 13"),
+        ({"penalties": ()}, "penalties must hold different positive numbers"),
+        ({"penalties": (0.1, 0.1)}, "penalties must hold different positive numbers"),
+        ({"ratios": (1, -2)}, "ratios must hold different positive numbers"),
+        ({"ratios": (1, 0.04)}, "at least one dictionary entry of 12 features, got 0.04: 0.48"),
+        ({"ratios": (2, 4)}, "ratios must hold 1, where"),
+        ({"ratios": (1,)}, "and another"),
+        ({"decays": (0.99, 1.5)}, "decays must be at most 1"),
+        ({"grid_decay": 0.9}, "grid_decay must be one of"),
+        ({"classical_sizes": (128, 64)}, "ascending"),
+        ({"classical_sizes": (4, 8)}, "classical_sizes must reach n_features=12"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_scale_that_would_end_in_its_middle_is_refused(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(TINY, **change)
 
 
 def test_a_scale_survives_json():

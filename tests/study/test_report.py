@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 
 from probsae.cli import main
-from probsae.study import run_study, write_report
+from probsae.study import report, run_study, write_report
 from probsae.study.group import RESULT
 from probsae.study.results import read_results
+from probsae.study.sections import answer, classical, course, exploration, matrices, represented
 from probsae.study.sections.answer import best_of_grid
 from probsae.study.table import answer_tables
-from tests.study.tiny import TINY
+from tests.study.tiny import TINY, write_results
 
 
 def test_best_of_the_grid_goes_the_right_way():
@@ -39,6 +40,53 @@ def test_the_command_refuses_another_seeds_folder(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["study", "--out", str(tmp_path)])
     assert "choose another folder" in capsys.readouterr().err
+
+
+def nothing(row):
+    pass
+
+
+def one_failed(row):
+    """One L1 SAE and one answer met NaN before the first look; their figures are not finite."""
+    if row["method"] in ("penalty=0.1", "Laplace") and row["d_sae"] == 24:
+        row |= dict.fromkeys(("fvu", "mmcs", "f1", "best_f1", "elbo"), None)
+        row["history"] = {name: [] for name in row["history"]}
+        row["failure"] = "step 3: <loss> is nan"
+
+
+def all_failed(row):
+    row |= dict.fromkeys(("fvu", "mmcs", "mcc", "precision", "f1", "best_f1"), None)
+    row["history"] = {name: [] for name in row["history"]}
+    row["failure"] = "step 1: loss is nan"
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["text", "drawn"])
+def is_drawn(request, monkeypatch):
+    """Whether pictures are drawn, which takes nearly all of a report's time."""
+    if not request.param:
+        monkeypatch.setattr(report, "_png", lambda section: b"")
+        for module in (answer, classical, course, exploration, matrices, represented):
+            monkeypatch.setattr(module, "_draw", lambda *_: None)
+    return request.param
+
+
+@pytest.mark.usefixtures("is_drawn")
+@pytest.mark.parametrize(
+    ("spoil", "n_failed"), [(nothing, 0), (one_failed, 2 * 2), (all_failed, 2 * 5 * (2 + 1))]
+)
+def test_the_report_stands_where_fits_failed(tmp_path, spoil, n_failed):
+    write_results(tmp_path, spoil)
+    page = write_report(tmp_path).read_text()
+    table = (tmp_path / "report" / "answer.md").read_text()
+    assert page.count('alt="') == 13
+    assert page.count("is nan</li>") == table.count("is nan\n") == n_failed
+    assert ('id="failures"' in page) == (n_failed > 0)
+    if spoil is one_failed:
+        fit = "penalty=0.1 at ratio 2, decay 0.99, uncorrelated features: step 3: "
+        assert f"{fit}&lt;loss&gt; is nan" in page
+        assert f"- {fit}<loss> is nan" in table
+        assert "1 of 4 fits diverged" in page
+        assert "MMCS is largest, 0.500" in page
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +115,10 @@ def test_numbers_in_the_text_are_the_results(study):
     grid = results.of(results.grid, False)
     assert f"MMCS is largest, {grid['mmcs'].max():.3f}" in page
     for table, is_correlated in zip(answer_tables(results), (False, True), strict=True):
-        answer = results.of(results.answer, is_correlated)
+        fits = results.of(results.answer, is_correlated)
         lines = {(line[0], line[1]): line for line in table.lines}
         column = table.head.index("mmcs")
-        for _, row in answer.iterrows():
+        for _, row in fits.iterrows():
             line = lines[row["method"], f"{row['ratio']:g}"]
             assert line[column] == f"{row['mmcs']:.3f}"
         best = results.of(results.grid, is_correlated)["mmcs"].max()

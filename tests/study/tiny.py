@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from probsae.comparison import Row
+from probsae.study.agreement import Agreement
+from probsae.study.answer import Answer
+from probsae.study.classical import Classical
+from probsae.study.execute import PROVENANCE
+from probsae.study.exploration import Exploration
+from probsae.study.fits import _FOLLOWED
+from probsae.study.folder import StudyFolder
+from probsae.study.grid import Grid
 from probsae.study.group import RESULT, DataSet, Files, Group, to_json
+from probsae.study.plan import plan, summaries
 from probsae.study.scale import Scale
 
 TINY = Scale(
@@ -29,6 +41,53 @@ TINY = Scale(
     decays=(0.99, 1.0),
 )
 DATA = DataSet(TINY, 0.99, False)
+
+
+def write_results(path: Path, spoil: Callable[[dict[str, Any]], None]) -> None:
+    """Write a study of made-up figures; `spoil` changes the row of each fit."""
+    folder = StudyFolder(path, TINY, 0)
+    for group in [*plan(TINY, 0), *summaries(TINY, 0, folder.groups)]:
+        result = {**group.data.facts(), **_made_up(group)}
+        for row in result.get("rows", []):
+            if "failure" in row:
+                spoil(row)
+        folder.write(group, {RESULT: to_json(result), PROVENANCE: to_json(_PROVENANCE)})
+
+
+_PROVENANCE = dict.fromkeys(
+    ("seconds", "machine", "device", "threads", "torch", "probsae", "commit"), 1
+)
+
+
+def _made_up(group: Group) -> dict[str, Any]:
+    n_features = TINY.n_features
+    if isinstance(group, Exploration):
+        points = [[float(i), float(i % 5)] for i in range(TINY.n_exploration_tokens)]
+        ranks = [i % n_features - 1 for i in range(len(points))]
+        shares = {"n_active": 1.0, "share_empty": 0.1, "neighbours_agree": 0.5}
+        return {"points": points, "strongest": ranks, **shares}
+    if isinstance(group, Classical):
+        facts = {"method": group.method.__name__, "n_tokens": group.n_tokens, "d_sae": n_features}
+        return {**facts, "mmcs": 0.6, "mmcs_chance": 0.4}
+    if isinstance(group, Agreement):
+        pairs = [{"penalty": p, "ratio": 1, "larger": 2} for p in TINY.penalties]
+        return {"rows": [{**pair, "mmcs": 0.5, "mmcs_chance": 0.4} for pair in pairs]}
+    assert isinstance(group, Grid | Answer)
+    d_sae = TINY.d_sae(group.ratio)
+    if isinstance(group, Answer):
+        rows = [_made_up_row(m, d_sae) for m in ("SpikeSlab", "RectifiedGaussian", "Laplace")]
+    else:
+        rows = [{"penalty": p, **_made_up_row(f"penalty={p:g}", d_sae)} for p in TINY.penalties]
+    return {"ratio": group.ratio, "rows": rows}
+
+
+def _made_up_row(method: str, d_sae: int) -> dict[str, Any]:
+    row = asdict(Row(method, d_sae, fvu=0.2, fvu_hard=0.2, l0=1.0, alive=d_sae))
+    figures = ("mmcs", "mmcs_chance", "mcc", "precision", "f1", "best_f1")
+    history = {name: [1, 2] for name in _FOLLOWED} | {"step": [10, 20]}
+    cosine = [i / TINY.n_features for i in range(TINY.n_features)]
+    row |= dict.fromkeys(figures, 0.5)
+    return {**row, "cosine": cosine, "history": history, "failure": None}
 
 
 @dataclass(frozen=True)

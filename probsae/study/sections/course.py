@@ -80,8 +80,9 @@ def _answer_section(results: Results, is_correlated: bool) -> Section:
 
 
 def _dead_findings(grid: Frame) -> str:
-    last = grid["history"].map(lambda h: h["n_dead"][-1]) / grid["d_sae"]
-    by_ratio = last.groupby(grid["ratio"]).mean()
+    # A fit that failed before its first look has none.
+    last = grid["history"].map(lambda h: (h["n_dead"] or [float("nan")])[-1]) / grid["d_sae"]
+    by_ratio = last.groupby(grid["ratio"]).mean().dropna()
     parts = ", ".join(f"{share:.0%} at {ratio:g}" for ratio, share in by_ratio.items())
     return f"Share of entries dead at the end, mean over penalties, by ratio: {parts}."
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from probsae.report.plots import new_figure
 from probsae.study.results import Frame, Results
+from probsae.study.sections.answer import best_of_grid
 from probsae.study.sections.section import DATA_NAMES, NOT_RECORDED, Section
 
 if TYPE_CHECKING:
@@ -51,28 +52,37 @@ def _matrices(results: Results, is_correlated: bool) -> dict[str, Frame]:
     pairs = results.of(results.agreement, is_correlated)
 
     def matrix(table: Frame, name: str) -> Frame:
-        return table.pivot_table(index="penalty", columns="ratio", values=name, aggfunc="mean")
+        values = table.astype({name: float})
+        means = values.pivot_table(index="penalty", columns="ratio", values=name, aggfunc="mean")
+        return means.reindex(index=penalties, columns=ratios)
 
+    penalties, ratios = sorted(grid["penalty"].unique()), sorted(grid["ratio"].unique())
     matrices = {name: matrix(grid, name) for name in ("fvu", "mmcs", "dead")}
-    matrices["agreement"] = matrix(pairs, "mmcs").reindex(columns=matrices["fvu"].columns)
+    matrices["agreement"] = matrix(pairs, "mmcs")
     return {name: matrices[name] for name in _TITLES}
 
 
 def _findings(matrices: dict[str, Frame], grid: Frame) -> str:
-    best, least = grid.loc[grid["mmcs"].idxmax()], grid.loc[grid["fvu"].idxmin()]
-    agreement = matrices["agreement"].stack()
-    penalty, ratio = agreement.idxmax()
     n_failed = int(grid["failure"].notna().sum())
+    failed = f" {n_failed} of {len(grid)} fits diverged." if n_failed else ""
+    best, least = best_of_grid(grid, "mmcs"), best_of_grid(grid, "fvu")
+    if best is None or least is None:
+        return f"No fit has figures.{failed}"
     text = (
         f"MMCS is largest, {best['mmcs']:.3f} (chance {best['mmcs_chance']:.3f}), at penalty "
         f"{best['penalty']:g} and ratio {best['ratio']:g}, where {best['fvu']:.3f} of the "
         f"variance is unexplained and {int(best['alive'])} of {int(best['d_sae'])} features are "
         f"alive. Least is unexplained, {least['fvu']:.4f}, at penalty {least['penalty']:g} and "
-        f"ratio {least['ratio']:g}, with MMCS {least['mmcs']:.3f}. Dictionaries agree best with "
-        f"larger ones, {agreement.max():.3f}, at penalty {penalty:g} and ratio {ratio:g}: without "
-        "the truth one would choose these."
+        f"ratio {least['ratio']:g}, with MMCS {least['mmcs']:.3f}."
     )
-    return text + (f" {n_failed} of {len(grid)} fits diverged." if n_failed else "")
+    agreement = matrices["agreement"].stack().dropna()
+    if len(agreement):
+        penalty, ratio = agreement.idxmax()
+        text += (
+            f" Dictionaries agree best with larger ones, {agreement.max():.3f}, at penalty "
+            f"{penalty:g} and ratio {ratio:g}: without the truth one would choose these."
+        )
+    return text + failed
 
 
 def _draw(matrices: dict[str, Frame]) -> Figure:

@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 
 from probsae.report.plots import new_figure
 from probsae.study.results import Frame, Line, Results
+from probsae.study.sections.answer import best_of_grid
 from probsae.study.sections.section import DATA_NAMES, NOT_RECORDED, Section
 from probsae.synthetic import firing_probability
 
@@ -40,9 +41,9 @@ def _chosen(results: Results, decay: float, is_correlated: bool) -> dict[str, Li
         return table[is_data & (table["ratio"] == 1)]
 
     grid, answer = here(results.grid), here(results.answer)
-    best = grid.loc[grid["mmcs"].idxmax()]
+    best = best_of_grid(grid, "mmcs")
     rows = {str(row["method"]): row for _, row in answer.iterrows()}
-    return {f"L1, penalty {best['penalty']:g}": best, **rows}
+    return rows if best is None else {f"L1, penalty {best['penalty']:g}": best, **rows}
 
 
 def _findings(results: Results) -> str:
@@ -52,7 +53,7 @@ def _findings(results: Results) -> str:
         for is_correlated, kind in DATA_NAMES.items():
             figures = []
             for name, row in _chosen(results, decay, is_correlated).items():
-                cosine = np.array(row["cosine"])
+                cosine = np.array(row["cosine"], dtype=float)
                 text = f"{name} {np.mean(cosine > _FOUND):.0%}"
                 if np.ptp(p) > 0 and np.ptp(cosine) > 0:
                     rank, _ = spearmanr(p, cosine)
@@ -74,14 +75,15 @@ def _draw(results: Results) -> Figure:
     for row_of_axes, decay in zip(np.atleast_2d(grid), results.decays, strict=True):
         p = _probabilities(results, decay)
         for axes, (is_correlated, kind) in zip(row_of_axes, DATA_NAMES.items(), strict=True):
-            is_even = np.ptp(p) == 0
+            is_even, chance = np.ptp(p) == 0, None
             for name, row in _chosen(results, decay, is_correlated).items():
-                cosine = np.array(row["cosine"])
+                cosine = np.array(row["cosine"], dtype=float)
                 # Of equally frequent features the probability would put all in one place.
                 x, y = (np.arange(len(p)), -np.sort(-cosine)) if is_even else (p, cosine)
                 axes.scatter(x, y, s=8, alpha=0.6, label=name)
                 chance = row["mmcs_chance"]
-            axes.axhline(chance, color="grey", ls="--")
+            if chance is not None:  # where any fit has figures
+                axes.axhline(chance, color="grey", ls="--")
             axes.set(ylim=(0, 1.02), ylabel="largest cosine", title=f"decay {decay:g}, {kind}")
             axes.set(
                 xscale="linear" if is_even else "log",
