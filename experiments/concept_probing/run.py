@@ -184,8 +184,7 @@ def probe(
         z = method.codes(x)
         result, draw_interval = probing.localise(z, raw), None
         if name == "SpikeSlab, mean":
-            posterior = probing.localise_posterior(z, _draws(settings, slab, x), raw)
-            result, draw_interval = posterior.of_mean, posterior.interval()
+            draw_interval = probing.localise_posterior(_draws(settings, slab, x), raw).interval()
         everything = probing.selectivity(task, z)
         memory = probing.selectivity(recurring, z)
         yield Row(
