@@ -19,6 +19,9 @@ from probsae.metrics import probing
 N_WINDOWS = 156
 HELD_OUT = 0.1
 TEXTS = ("english", "french", "code")
+# Whose code makes dictionaries and rows; tables are made of rows afresh.
+FIT_SOURCE = "representations.py"
+ROW_SOURCES = ("concepts.py", "measure.py", FIT_SOURCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ def dictionary_facts(settings: Settings, store: ActivationStore) -> dict[str, An
         },
         "held_out": HELD_OUT,
         **{name: getattr(settings, name) for name in own},
-        "fits": checksum(Path(__file__).parent / "representations.py"),
+        "fits": checksum(Path(__file__).parent / FIT_SOURCE),
         "library": source_digest(Path(probsae.__file__).parent),
     }
 
@@ -96,7 +99,7 @@ def row_facts(settings: Settings, store: ActivationStore, model: LanguageModel) 
         **{name: getattr(settings, name) for name in own},
         "budgets": list(probing.BUDGETS),
         "penalty": probing.PENALTY,
-        "experiment": source_digest(Path(__file__).parent),
+        "experiment": {name: checksum(Path(__file__).parent / name) for name in ROW_SOURCES},
     }
 
 

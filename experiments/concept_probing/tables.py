@@ -145,7 +145,8 @@ def family_wise(n_tests: set[int]) -> str:
     for m in sorted(n_tests):
         none = [probing.probability_of_no_false_positive(m, level) for level in (0.05, STUDY_LEVEL)]
         levels = (probing.level_for_family(m, 0.05), 0.05 / m)
-        cells = [f"{none[0]:.1e}", f"{none[1]:.3f}", *(f"{level:.3e}" for level in levels)]
+        shown = f"{none[0]:.1e}" if none[0] else "below 1e-300"
+        cells = [shown, f"{none[1]:.3f}", *(f"{level:.3e}" for level in levels)]
         lines.append([f"{m:,}", *cells])
     return _table(header, lines)
 

@@ -94,9 +94,9 @@ def localise_posterior(
     -----
     The score does not change when features are permuted, multiplied by positive numbers (or
     shifted), or when features that never vary are appended, in all draws alike; of a point
-    posterior it is `localise`'s and the interval has no width. A draw is the mean plus noise, so
-    the score lies below that of `localise(posterior.mean, raw)`, another quantity, unless the
-    posterior is sure of the features that matter.
+    posterior it is `localise`'s and the interval has no width. The score of
+    `localise(posterior.mean, raw)` is another quantity: a draw is the mean plus noise, which costs
+    fidelity as a rule, unless the posterior is sure of the features that matter.
 
     Examples
     --------
