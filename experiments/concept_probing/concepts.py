@@ -18,7 +18,7 @@ WORDS = Path(__file__).parent / "words.json"
 # A word's activation is read at its last token, the end of the sentence: what follows a word
 # cannot help to tell it, and the sentences say nothing of gender or kind.
 TEMPLATES = ("Let me tell you about the word {}", "They were talking about {}", "Next: {}")
-# Tokens of a window of running text; its last token is read.
+# Tokens of a window of running text, with the one that begins contexts; its last token is read.
 WINDOW = 24
 
 
@@ -31,7 +31,7 @@ class Concept:
     name : str
         Of the positive class, "against" the negative one.
     contexts : list of list of int
-        Token ids.
+        Token ids, begun as in harvesting by the model's `bos_token_id`, where it has one.
     labels : list of bool
         Whether the concept is present.
     types : list of int
@@ -58,9 +58,10 @@ def _word_concept(
 ) -> Concept:
     words = [*positive, *negative]
     rows = [(i, template.format(word)) for template in TEMPLATES for i, word in enumerate(words)]
+    begin = [] if model.bos_token_id is None else [model.bos_token_id]
     return Concept(
         name,
-        model.tokenize([text for _, text in rows]),
+        [[*begin, *ids] for ids in model.tokenize([text for _, text in rows])],
         [i < len(positive) for i, _ in rows],
         [i for i, _ in rows],
     )
@@ -87,8 +88,7 @@ def text_concept(
 
 
 def _windows(model: LanguageModel, text: str, n_windows: int) -> list[list[int]]:
-    ids = model.tokenize([text])[0]
-    windows = [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    windows = model.contexts(model.tokenize([text])[0], WINDOW).tolist()
     by_last_token = {window[-1]: window for window in windows}
     found = list(by_last_token.values())
     if len(found) < n_windows:
@@ -105,7 +105,19 @@ def last_activations(
     """Return what passes `hook` at the last token of each context, float32 on the host.
 
     Contexts are padded on the right, which a causal model's earlier positions do not see.
+
+    Raises
+    ------
+    ValueError
+        If a context has one token or none: the first position, where harvesting begins a context
+        with the model's `bos_token_id` and many models park massive activations, is never read.
     """
+    shortest = min(map(len, contexts), default=0)
+    if shortest < 2:
+        raise ValueError(
+            f"contexts must have a token after their first, which is not read; got {len(contexts)} "
+            f"contexts, the shortest of {shortest} tokens"
+        )
     point = find_hook(model.network, hook)
     rows = []
     for start in range(0, len(contexts), batch_size):

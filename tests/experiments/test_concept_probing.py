@@ -1,22 +1,28 @@
 """Concept probing: its word lists, its contexts, and a small version on real activations."""
 
 import argparse
+import dataclasses
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experiments.concept_probing import make_words
+from experiments.concept_probing import run as experiment
 from experiments.concept_probing.concepts import (
     TEMPLATES,
+    WINDOW,
     WORDS,
     last_activations,
     text_concept,
     word_concepts,
 )
-from experiments.concept_probing.run import Settings, n_different, run
+from experiments.concept_probing.run import Settings, run
+from experiments.concept_probing.settings import check_store
 from probsae.activations.harvest import harvest
+from tests.lm.tiny import VOCABULARY, tiny_language_model
 
 SENSES = """\
 dog%1:05:00:: 02084071 1 42
@@ -57,13 +63,62 @@ def test_first_names_leave_out_those_of_both_sexes(tmp_path):
     assert make_words.first_names(archive) == {"positive": ["Mary"], "negative": ["John"]}
 
 
-def test_features_that_differ_are_counted_on_one_token_of_each_type():
-    types = torch.arange(20).repeat(3)
-    labels = types % 2 == 0
-    z = torch.randn(60, 4)
-    z[:, 1] = labels.float() + 0.1 * torch.randn(60)
-    z[20:, 2] = 10.0 * labels[20:]  # differs, but not on the first tokens
-    assert n_different(z, labels, types) == 1
+BOS = VOCABULARY - 1
+
+
+def two_models():
+    """One model, its contexts begun by a token and not; a token is the sum of a word's letters."""
+    plain = dataclasses.replace(
+        tiny_language_model(),
+        tokenizer=lambda texts, add_special_tokens: {
+            "input_ids": [[sum(map(ord, w)) % (VOCABULARY - 1) for w in t.split()] for t in texts]
+        },
+    )
+    return plain, dataclasses.replace(plain, bos_token_id=BOS)
+
+
+def test_words_contexts_begin_as_harvested_ones():
+    plain, begun = two_models()
+    for one, other in zip(word_concepts(plain, 2), word_concepts(begun, 2), strict=True):
+        assert other.contexts == [[BOS, *ids] for ids in one.contexts]
+        assert (other.labels, other.types) == (one.labels, one.types)
+
+
+def test_windows_begin_as_harvested_ones_and_end_in_a_token_of_the_text():
+    text = " ".join("abcdefghijklmnopqrstuvwxyz"[i % 26] * (1 + i % 7) for i in range(2_000))
+    for model, begin in zip(two_models(), ([], [BOS]), strict=True):
+        concept = text_concept(model, "same", text, text, 10)
+        assert all(len(ids) == WINDOW for ids in concept.contexts)
+        assert all(ids[: len(begin)] == begin for ids in concept.contexts)
+        assert all(BOS not in ids[len(begin) :] for ids in concept.contexts)
+        assert concept.types == [ids[-1] for ids in concept.contexts]
+
+
+def test_last_position_is_read_and_never_the_first():
+    _, model = two_models()
+    contexts = [[BOS, 3, 4], [BOS, 5]]
+    read = last_activations(model, "layers.1", contexts, batch_size=2)
+    for row, ids in zip(read, contexts, strict=True):
+        x = model.network.embed(torch.tensor([ids]))
+        for layer in model.network.layers:
+            x, _ = layer(x)
+        torch.testing.assert_close(row, x[0, len(ids) - 1])
+    for first_only in ([BOS], [3], []):
+        with pytest.raises(ValueError, match="after their first"):
+            last_activations(model, "layers.1", [[BOS, 3], first_only])
+
+
+def test_a_store_of_other_contexts_is_refused():
+    plain, begun = two_models()
+    of_plain, of_begun, of_other = (
+        SimpleNamespace(index={"model": f"/anywhere/{name}", "settings": settings})
+        for name, settings in (("tiny", {}), ("tiny", {"bos_token_id": BOS}), ("else", {}))
+    )
+    check_store(of_plain, plain)
+    check_store(of_begun, begun)
+    for store, model in ((of_plain, begun), (of_begun, plain), (of_other, plain)):
+        with pytest.raises(ValueError, match="harvest again"):
+            check_store(store, model)
 
 
 @pytest.mark.slow
@@ -88,7 +143,7 @@ def test_windows_end_in_different_tokens(smollm2, corpus):
 
 
 @pytest.mark.slow
-def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus):
+def test_small_experiment_end_to_end_killed_and_again(tmp_path, smollm2, corpus, monkeypatch):
     harvest(
         smollm2, corpus, "model.layers.2", tmp_path / "store", n_tokens=3_000, context_length=64
     )
@@ -97,18 +152,47 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus):
     settings = Settings(
         store=tmp_path / "store", english=corpus[0], french=backwards, out=tmp_path / "out",
         code=type(corpus[0])(argparse.__file__), d_sae=64, n_steps=60, batch_size=256, l0=8,
-        n_words=8, n_windows=60, n_controls=2, n_draws=2,
+        n_words=8, n_windows=60, n_controls=2, n_draws=3,
     )  # fmt: skip
+    n_read, original = 0, experiment.last_activations
+
+    def killed(*arguments):
+        nonlocal n_read
+        n_read += 1
+        if n_read == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(experiment, "last_activations", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, smollm2)
+    (folder,) = (tmp_path / "out").glob("rows-*")
+    n_kept = len(list(folder.glob("*--*.json")))
+    assert n_kept > 0
     results = run(settings, smollm2)
-    assert len(results["rows"]) == 8 * 8
+    assert n_read == 9  # the three concepts that were finished are not read again
+
+    unreadable = {name for name in results["failures"] if ", " not in name}
+    assert len(results["rows"]) == (8 - len(unreadable)) * 9
+    assert not unreadable & {"french", "code"}
     for row in results["rows"]:
         assert 0 <= row["interval"][0] <= row["interval"][1] <= 1
         assert 0 <= row["score"] <= 1
-        assert (row["draw_interval"] is not None) == (row["dictionary"] == "SpikeSlab, mean")
+        assert set(row["n_different"]) == {"none", "bonferroni", "holm", "benjamini-hochberg"}
+        if row["dictionary"] == "SpikeSlab, posterior":
+            assert row["codes_interval"][0] <= row["score"] <= row["codes_interval"][1]
+        else:
+            assert row["codes_interval"] is None
     accuracy = {(r["dictionary"], r["concept"]): r["full_accuracy"] for r in results["rows"]}
     assert accuracy["raw activations", "french"] > 0.8
     assert "| TopK | 8 |" in results["tables"]
     assert results["fvu"]["PCA"] < results["fvu"]["random directions"]
     json.dumps(results, allow_nan=False)
-    # The dictionaries are there, and everything else is seeded: the same figures come out.
+
+    # In a folder of its own, without a kill, the same figures come out; only unreadable concepts
+    # are tried again in the first.
+    elsewhere = run(dataclasses.replace(settings, out=tmp_path / "elsewhere"), smollm2)
+    assert elsewhere["tables"] == results["tables"]
+    n_read = 100
     assert run(settings, smollm2)["tables"] == results["tables"]
+    assert n_read == 100 + len(unreadable)

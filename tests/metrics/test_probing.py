@@ -15,31 +15,7 @@ from probsae.metrics import probing
 from probsae.metrics.probing import probes
 from probsae.metrics.probing.selectivity import _ranking, balanced_accuracies
 from tests.conftest import FALSE_ALARM_RATE
-
-
-def planted(n=60, d=8, carriers=1, seed=0, noise=1.0):
-    """Labels that are the sign of the sum of the first `carriers` features, with a margin."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = noise * torch.randn(n, d, generator=generator, dtype=torch.float64)
-    labels = torch.arange(n) % 2 == 0
-    if carriers == 1:
-        codes[:, 0] = torch.where(labels, 1.0, -1.0) * (0.5 + codes[:, 0].abs())
-    elif carriers:
-        codes[:, :carriers] = spread(labels, carriers, generator)
-    order = torch.randperm(n, generator=generator)
-    return codes[order], labels[order]
-
-
-def spread(labels, k, generator):
-    """k features whose sum says all; noise that sums to 0 over them hides it from fewer.
-
-    The best sum of k - 1 is the label times k - 1, under noise of deviation 10 sqrt(1 - 1/k): for
-    k = 5 right in Phi(.45) = .67 of the cases.
-    """
-    hidden = 10 * torch.randn(len(labels), k, generator=generator, dtype=torch.float64)
-    hidden -= hidden.mean(dim=1, keepdim=True)
-    return hidden + torch.where(labels, 1.0, -1.0)[:, None]
-
+from tests.metrics.planted import planted
 
 # ------------------------------------------------------------------------------ probes
 
@@ -344,22 +320,6 @@ def test_score_rises_with_fidelity_and_stays_in_bounds(values, better):
     score = float(probing.concept_score(fidelity))
     assert 0 <= score <= 1
     assert float(probing.concept_score(fidelity + better)) >= score - 1e-12
-
-
-def test_posterior_form():
-    codes, labels = planted(n=60, d=6)
-    raw = probing.selectivity(probing.concept_task(labels, n_controls=2, n_folds=2), codes)
-    sure = probing.localise_posterior(codes, [codes, codes], raw)
-    assert sure.draw_scores.tolist() == [sure.of_mean.score] * 2
-    generator = torch.Generator().manual_seed(0)
-    unsure = probing.localise_posterior(
-        codes, (codes + 3 * torch.randn(60, 6, generator=generator) for _ in range(4)), raw
-    )
-    assert unsure.of_mean.score == sure.of_mean.score
-    lower, upper = unsure.interval(0.9)
-    assert 0 <= lower < upper < sure.of_mean.score
-    with pytest.raises(ValueError, match="at least one draw"):
-        probing.localise_posterior(codes, [], raw)
 
 
 def test_features_that_tie_with_dead_ones_come_first():

@@ -3,10 +3,12 @@
 from probsae.metrics.probing.localisation import (
     BUDGETS,
     Localisation,
-    PosteriorLocalisation,
     budget_weights,
     concept_score,
     localise,
+)
+from probsae.metrics.probing.posterior_localisation import (
+    PosteriorLocalisation,
     localise_posterior,
 )
 from probsae.metrics.probing.probes import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,70 +176,3 @@ def localise(
         )
     sparse = sparse_selectivities(raw.task, codes, budgets, penalty)
     return Localisation(tuple(budgets), tuple(sparse), raw)
-
-
-@dataclass(frozen=True)
-class PosteriorLocalisation:
-    """A concept in a probabilistic dictionary; made by `localise_posterior`.
-
-    Attributes
-    ----------
-    of_mean : Localisation
-        Of the posterior mean.
-    draw_scores : array, shape (draw,)
-        Score of each posterior draw of the codes.
-    """
-
-    of_mean: Localisation
-    draw_scores: Float[np.ndarray, " draw"]
-
-    def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """Percentile interval of the score over posterior draws of the codes."""
-        return percentile_interval(self.draw_scores, level)
-
-
-def localise_posterior(
-    mean: Float[Tensor, "token d_sae"],
-    draws: Iterable[Float[Tensor, "token d_sae"]],
-    raw: Selectivity,
-    *,
-    budgets: Sequence[int] = BUDGETS,
-    penalty: float = PENALTY,
-) -> PosteriorLocalisation:
-    """Measure localisation in the posterior mean, and in draws from the posterior.
-
-    Parameters
-    ----------
-    mean : Tensor, shape (token, d_sae)
-        E z = p_active E[z | active].
-    draws : iterable of Tensor, each of shape (token, d_sae)
-        Draws of the codes of all tokens; a generator keeps one in memory at a time.
-    raw, budgets, penalty
-        As of `localise`.
-
-    Returns
-    -------
-    PosteriorLocalisation
-
-    Notes
-    -----
-    A draw is the mean plus noise of the codes' posterior, so its score is lower: the interval
-    says how well the concept is localised in codes that are taken at their word, and lies at the
-    mean's score only where the posterior is sure of the features that matter.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from probsae.metrics.probing import concept_task, selectivity
-    >>> labels = torch.arange(40) % 2 == 0
-    >>> x = torch.cat([labels[:, None].float(), torch.randn(40, 3)], dim=1)
-    >>> raw = selectivity(concept_task(labels, n_controls=2), x)
-    >>> draws = (x + 0.01 * torch.randn_like(x) for _ in range(2))
-    >>> len(localise_posterior(x, draws, raw, budgets=(1, 2)).draw_scores)
-    2
-    """
-    of_mean = localise(mean, raw, budgets=budgets, penalty=penalty)
-    scores = [localise(draw, raw, budgets=budgets, penalty=penalty).score for draw in draws]
-    if not scores:
-        raise ValueError("draws must hold at least one draw of the codes, got none")
-    return PosteriorLocalisation(of_mean, np.array(scores))
