@@ -93,10 +93,10 @@ class Settings:
     later: tuple[str, ...] = ("model.layers.2", "model.layers.3")
     families: tuple[str, ...] = FAMILIES
     l0s: tuple[int, ...] = (2, 4, 8, 16)
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     rates: tuple[float, ...] = ()
     d_sae: int = 256
-    n_steps: int = 500
+    n_steps: int = 400
     batch_size: int = 504
     later_weight: float = 1.0
     context_length: int = 64
