@@ -8,6 +8,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 import probsae as ps
 from experiments.end_to_end import fits
@@ -22,12 +24,12 @@ from experiments.end_to_end.fits import (
 )
 from experiments.end_to_end.measure import measure
 from experiments.end_to_end.model import split_contexts
-from experiments.end_to_end.run import Results, Settings, main, shared_settings
+from experiments.end_to_end.run import Results, Settings, main, open_language_model, shared_settings
 from experiments.end_to_end.tables import at_l0, l0_at_loss, markdown
 from probsae.activations.language_model import LanguageModel
 from probsae.inference import Checkpoint
 from probsae.lm import ContextActivations, splice
-from tests.lm.tiny import VOCABULARY, WordTokenizer, tiny_language_model
+from tests.lm.tiny import VOCABULARY, WordTokenizer, tiny_language_model, tiny_llama
 
 IDS = torch.randint(VOCABULARY, (40, 9), generator=torch.Generator().manual_seed(0))
 
@@ -165,6 +167,38 @@ def test_tables_read_power_laws_exactly():
     tables = markdown(power_law_rows(0) | power_law_rows(1))
     assert "| TopK | 4 | 2 | 0.5 | 0.5 | 30 | 30 | 30 |" in tables  # at equal l0
     assert "| TopK | 1 | 8 | 2 | 2 |" in tables or "| TopK | 1 | 8 | - | - |" in tables
+
+
+def save_tiny_model(folder, text):
+    """Save an untrained Llama whose tokenizer puts a token in front of every text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], show_progress=False)
+    bpe.train_from_iterator([text], trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>").save_pretrained(folder)
+    tiny_llama(n_vocabulary=bpe.get_vocab_size()).network.save_pretrained(folder)
+
+
+def test_a_loaded_model_begins_contexts_with_its_own_token(tmp_path, corpus):
+    text = corpus[0].read_text(encoding="utf-8")[:8_000]
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    save_tiny_model(tmp_path / "model", text)
+    settings = Settings(
+        tmp_path / "book.txt", out=tmp_path / "out", model=str(tmp_path / "model"), d_sae=24,
+        hook="model.layers.0", later=("model.layers.1",), families=("TopK",), l0s=(4,),
+        n_steps=2, batch_size=62, context_length=32, n_held_out=4,
+    )  # fmt: skip
+    language_model = open_language_model(settings, text)
+    train, _ = split_contexts(language_model, text, 32, 0.1)
+    assert language_model.decode(train[0, :1].tolist()) == ["<s>"]
+    assert bool((train[:, 0] == train[0, 0]).all())
+    main(settings)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["objective"] for row in rows.values()] == list(OBJECTIVES)
+    assert not (tmp_path / "out" / "language_model").exists()
 
 
 @pytest.mark.slow
