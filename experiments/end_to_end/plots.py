@@ -32,9 +32,9 @@ def frontier(rows: dict[str, dict[str, Any]]) -> Figure:
         }  # fmt: skip
         for axes, column in zip(panels, ("l0", "alive"), strict=True):
             axes.plot([r[column] for r in own], [r["ce_increase"] for r in own], **style)
-    can_take_logs = all(row["ce_increase"] > 0 for row in rows.values())
+    scale = "log" if all(row["ce_increase"] > 0 for row in rows.values()) else "linear"
     panels[0].set(
-        xscale="log", yscale="log" if can_take_logs else "linear", xlabel="l0, features active a token",
+        xscale="log", yscale=scale, xlabel="l0, features active a token",
         ylabel="increase of the cross-entropy, nats a token",
     )  # fmt: skip
     panels[1].set(xlabel="features alive on held-out text")
