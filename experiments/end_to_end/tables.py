@@ -14,6 +14,8 @@ from experiments.end_to_end.fits import OBJECTIVES
 Rows = dict[str, dict[str, Any]]
 Curve = list[dict[str, Any]]
 
+# Of a lone point, how far its logarithm may lie from where it is read.
+_NEAR = 0.05
 MEASURED = {
     "l0": "l0",
     "alive": "alive",
@@ -28,9 +30,11 @@ MEASURED = {
 
 def markdown(rows: Rows) -> str:
     """Return all tables; a cell is the mean over seeds ± their deviation."""
-    parts = ["## Measured", measured(rows)]
-    if len({row["l0"] for row in rows.values() if row["family"] == "TopK"}) != 1:
-        parts += ["## At equal l0", at_equal_l0(rows), "## l0 for equal loss", l0_for_loss(rows)]
+    parts = [
+        *("## Measured", measured(rows)),
+        *("## At equal l0", at_equal_l0(rows)),
+        *("## l0 for equal loss", l0_for_loss(rows)),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -53,9 +57,7 @@ def at_equal_l0(rows: Rows) -> str:
     lines = []
     for family in _families(rows):
         curves = {name: _curves(rows, family, name) for name in OBJECTIVES}
-        for target in sorted(
-            {row["target_l0"] for row in rows.values() if row["family"] == family}
-        ):
+        for target in _targets(rows, family):
             line = [family, str(target)]
             for column in columns:
                 for name in OBJECTIVES:
@@ -69,11 +71,15 @@ def l0_for_loss(rows: Rows) -> str:
     """Lay out the l0, and the features alive, at which each objective loses as much as local."""
     lines = []
     for family in _families(rows):
-        curves = {name: _curves(rows, family, name) for name in OBJECTIVES}
-        for target in sorted(
-            {row["target_l0"] for row in rows.values() if row["family"] == family}
-        ):
-            loss = mean(at_l0(curve, "ce_increase", target) for curve in curves["local"])
+        curves = {
+            name: [curve for curve in _curves(rows, family, name) if len(curve) > 1]
+            for name in OBJECTIVES
+        }
+        for target in _targets(rows, family):
+            losses = [at_l0(curve, "ce_increase", target) for curve in curves["local"]]
+            if not losses:
+                continue
+            loss = mean(losses)
             line = [family, f"{loss:.3g}"]
             for name in OBJECTIVES:
                 line.append(_mean_and_spread([l0_at_loss(c, loss) for c in curves[name]]))
@@ -87,9 +93,12 @@ def at_l0(curve: Curve, column: str, l0: float) -> float:
 
 
 def l0_at_loss(curve: Curve, loss: float) -> float:
-    """Read off the l0 with that increase of the cross-entropy; not a number outside the curve."""
+    """Read off the l0 with that increase of the cross-entropy.
+
+    Not a number more than a tenth outside the curve's losses.
+    """
     losses = [row["ce_increase"] for row in curve]
-    if not min(losses) <= loss * 1.02 or not loss <= max(losses) * 1.02:
+    if not 0.9 * min(losses) <= loss <= 1.1 * max(losses):
         return math.nan
     return _read(curve, "ce_increase", "l0", loss)
 
@@ -101,7 +110,7 @@ def _read(curve: Curve, of: str, column: str, value: float) -> float:
         return math.nan
     x, y = np.log(np.array(points, dtype=float)).T
     if len(x) == 1:
-        return float(np.exp(y[0])) if abs(x[0] - math.log(value)) < 0.02 else math.nan
+        return float(np.exp(y[0])) if abs(x[0] - math.log(value)) < _NEAR else math.nan
     i = int(np.clip(np.searchsorted(x, math.log(value)), 1, len(x) - 1))
     slope = (y[i] - y[i - 1]) / (x[i] - x[i - 1])
     return float(np.exp(y[i - 1] + slope * (math.log(value) - x[i - 1])))
@@ -113,6 +122,10 @@ def _of(row: dict[str, Any]) -> tuple[str, str]:
 
 def _families(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["family"] for row in rows.values()))
+
+
+def _targets(rows: Rows, family: str) -> list[int]:
+    return sorted({row["target_l0"] for row in rows.values() if row["family"] == family})
 
 
 def _curves(rows: Rows, family: str, objective: str) -> list[Curve]:

@@ -152,7 +152,7 @@ def power_law_rows(seed=0):
     rows = {}
     for plan in plans(("TopK",), (2, 4, 8), (seed,), (1e-3,)):
         loss = 8 / plan.target_l0 / (1 if plan.objective == "local" else 4)
-        figures = {"l0": plan.target_l0 * 1.1, "ce_increase": loss / 1.1, "alive": 30}
+        figures = {"l0": plan.target_l0, "ce_increase": loss, "alive": 30}
         others = dict.fromkeys(("ce_increase_hard", "kl", "fvu", "downstream_fvu"), 0.5)
         rows[plan.name] = vars(plan) | figures | others | {"ce_increase_draws": None}
     return rows
@@ -166,7 +166,10 @@ def test_tables_read_power_laws_exactly():
     assert math.isnan(l0_at_loss(local, 0.1))
     tables = markdown(power_law_rows(0) | power_law_rows(1))
     assert "| TopK | 4 | 2 | 0.5 | 0.5 | 30 | 30 | 30 |" in tables  # at equal l0
-    assert "| TopK | 1 | 8 | 2 | 2 |" in tables or "| TopK | 1 | 8 | - | - |" in tables
+    assert "| TopK | 1 | 8 | 2 | 2 |" in tables  # l0 for the loss of local at 8
+    lone = {name: row | {"l0": 4.5} for name, row in power_law_rows().items()
+            if row["target_l0"] == 4}  # fmt: skip
+    assert "| TopK | 4 | - | - | - |" in markdown(lone)  # no curve to read l0 = 4 off
 
 
 def save_tiny_model(folder, text):
