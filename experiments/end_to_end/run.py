@@ -27,7 +27,15 @@ from tqdm import tqdm
 from benchmarks.fit_overhead import commit
 from experiments.calibration.measure import finite
 from experiments.end_to_end import plots
-from experiments.end_to_end.fits import FAMILIES, Plan, fitted, plans
+from experiments.end_to_end.fits import (
+    FAMILIES,
+    OBJECTIVES,
+    Family,
+    ObjectiveName,
+    Plan,
+    fitted,
+    plans,
+)
 from experiments.end_to_end.measure import measure
 from experiments.end_to_end.model import character_model, split_contexts
 from experiments.end_to_end.tables import markdown
@@ -36,7 +44,7 @@ from probsae.lm import ContextActivations
 
 HELD_OUT = 0.1
 # Settings that a row's own name holds, or that no figure depends on.
-_NOT_SHARED = ("out", "families", "l0s", "seeds", "rates", "threads", "device")
+_NOT_SHARED = ("out", "families", "objectives", "l0s", "seeds", "rates", "threads", "device")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +67,9 @@ class Settings:
     later : tuple of str
         Hooks behind it whose reconstruction is measured, and trained for "with downstream".
     families : tuple of str
-        Of TopK, ReLU (its penalty steered to the l0) and SpikeSlab (through TargetL0).
+        TopK, ReLU (its penalty steered to the l0), SpikeSlab (through TargetL0).
+    objectives : tuple of str
+        What is minimised: the error at the hook, the output's, that and the later layers'.
     l0s : tuple of int
         Active features a token.
     seeds : tuple of int
@@ -91,7 +101,8 @@ class Settings:
     model: str | None = None
     hook: str = "model.layers.1"
     later: tuple[str, ...] = ("model.layers.2", "model.layers.3")
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[Family, ...] = FAMILIES
+    objectives: tuple[ObjectiveName, ...] = OBJECTIVES
     l0s: tuple[int, ...] = (2, 4, 8, 16)
     seeds: tuple[int, ...] = (0,)
     rates: tuple[float, ...] = ()
@@ -169,11 +180,9 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
     results = Results(settings.out / "results.json", shared_settings(settings))
-    todo = [
-        plan
-        for plan in plans(settings.families, settings.l0s, settings.seeds, settings.rates)
-        if plan.name not in results.rows
-    ]
+    of = settings
+    every = plans(of.families, of.objectives, of.l0s, of.seeds, of.rates)
+    todo = [plan for plan in every if plan.name not in results.rows]
     if todo:
         _fit_and_measure(settings, todo, results)
     tables = markdown(results.rows)
@@ -189,6 +198,7 @@ def _fit_and_measure(settings: Settings, todo: list[Plan], results: Results) -> 
     held_out = held_out[: settings.n_held_out]
     contexts = ContextActivations(language_model, settings.hook, train)
     machine = f"{platform.machine()}, {settings.threads} thread, {settings.device}"
+    code = commit()  # that which runs, whatever is committed meanwhile
     for plan in tqdm(todo, desc="dictionaries"):
         start = time.perf_counter()
         model = fitted(
@@ -200,7 +210,7 @@ def _fit_and_measure(settings: Settings, todo: list[Plan], results: Results) -> 
         row = measure(
             model, language_model, settings.hook, settings.later, held_out, settings.n_draws
         )
-        of_run = {"seconds": seconds, "commit": commit(), "machine": machine}
+        of_run = {"seconds": seconds, "commit": code, "machine": machine}
         results.add(plan.name, dataclasses.asdict(plan) | row | of_run)
 
 

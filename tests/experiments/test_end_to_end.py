@@ -44,11 +44,11 @@ def test_a_dictionarys_name_holds_all_that_it_is_of():
 
 
 def test_rates_are_those_asked_for_or_the_tuned_ones():
-    every = list(plans(FAMILIES, (2, 4), (0,), ()))
+    every = list(plans(FAMILIES, OBJECTIVES, (2, 4), (0,), ()))
     assert len({plan.name for plan in every}) == len(FAMILIES) * 2 * len(OBJECTIVES)
     assert {p.learning_rate for p in every if p.family == "SpikeSlab"} == {None}
     assert all(p.learning_rate == tuned_rate(p.family, p.objective) for p in every)
-    asked = list(plans(("TopK",), (2,), (0,), (1e-3, 1e-2)))
+    asked = list(plans(("TopK",), OBJECTIVES, (2,), (0,), (1e-3, 1e-2)))
     assert [p.learning_rate for p in asked] == [1e-3, 1e-2] * len(OBJECTIVES)
 
 
@@ -59,8 +59,8 @@ def test_rows_of_other_settings_are_refused(tmp_path):
     file = tmp_path / "results.json"
     Results(file, shared_settings(settings)).add("a", {"x": math.nan})
     assert Results(file, shared_settings(settings)).rows == {"a": {"x": None}}
-    of_row = {"out": tmp_path / "b", "families": ("TopK",), "l0s": (3,), "seeds": (5,),
-              "rates": (0.1,), "device": "cuda", "threads": 2}  # fmt: skip
+    of_row = {"out": tmp_path / "b", "families": ("TopK",), "objectives": ("local",), "l0s": (3,),
+              "seeds": (5,), "rates": (0.1,), "device": "cuda", "threads": 2}  # fmt: skip
     changes = {"model": "other", "hook": "h", "later": ("l",), "d_sae": 1, "n_steps": 1,
                "batch_size": 1, "later_weight": 2.0, "context_length": 8, "n_draws": 1,
                "language_model_steps": 1, "n_held_out": 1}  # fmt: skip
@@ -150,7 +150,7 @@ def test_a_killed_fit_goes_on_to_the_same_dictionary(family, tmp_path, monkeypat
 def power_law_rows(seed=0):
     """CE + is 8 / l0 locally, and a quarter of it under the others."""
     rows = {}
-    for plan in plans(("TopK",), (2, 4, 8), (seed,), (1e-3,)):
+    for plan in plans(("TopK",), OBJECTIVES, (2, 4, 8), (seed,), (1e-3,)):
         loss = 8 / plan.target_l0 / (1 if plan.objective == "local" else 4)
         figures = {"l0": plan.target_l0, "ce_increase": loss, "alive": 30}
         others = dict.fromkeys(("ce_increase_hard", "kl", "fvu", "downstream_fvu"), 0.5)
@@ -212,7 +212,7 @@ def test_small_experiment_end_to_end_and_again(tmp_path, corpus, capsys):
     )  # fmt: skip
     main(settings)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert list(rows) == [plan.name for plan in plans(FAMILIES, (4, 8), (0,), ())]
+    assert list(rows) == [plan.name for plan in plans(FAMILIES, OBJECTIVES, (4, 8), (0,), ())]
     for row in rows.values():
         assert 0 < row["kl"] < 2
         assert 0 < row["downstream_fvu"] < 1.5
