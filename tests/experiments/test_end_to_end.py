@@ -208,14 +208,15 @@ def test_a_loaded_model_begins_contexts_with_its_own_token(tmp_path, corpus):
 def test_small_experiment_end_to_end_and_again(tmp_path, corpus, capsys):
     settings = Settings(
         corpus[0], out=tmp_path, n_steps=12, language_model_steps=60, d_sae=64, batch_size=252,
-        n_held_out=20, n_draws=2, l0s=(4, 8), seeds=(0,),
+        n_held_out=20, n_draws=2, l0s=(4,), seeds=(0,),
     )  # fmt: skip
     main(settings)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert list(rows) == [plan.name for plan in plans(FAMILIES, OBJECTIVES, (4, 8), (0,), ())]
+    assert list(rows) == [plan.name for plan in plans(FAMILIES, OBJECTIVES, (4,), (0,), ())]
     for row in rows.values():
         assert 0 < row["kl"] < 2
-        assert 0 < row["downstream_fvu"] < 1.5
+        if row["objective"] != "end to end":  # which nothing holds to the activations' size
+            assert 0 < row["downstream_fvu"] < 1.5
         if row["family"] == "TopK":
             assert row["l0"] <= row["target_l0"]
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
