@@ -17,7 +17,7 @@ LINES = dict(zip(FAMILIES, ("-", ":", "--"), strict=True))
 
 def frontier(rows: dict[str, dict[str, Any]]) -> Figure:
     """Draw a point for each dictionary; lines join one seed's of a family and an objective."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     curves = {(row["family"], row["objective"], row["seed"]) for row in rows.values()}
     for family, objective, seed in sorted(curves):
@@ -37,6 +37,9 @@ def frontier(rows: dict[str, dict[str, Any]]) -> Figure:
         xscale="log", yscale=scale, xlabel="l0, features active a token",
         ylabel="increase of the cross-entropy, nats a token",
     )  # fmt: skip
+    targets = sorted({row["target_l0"] for row in rows.values()})
+    panels[0].set_xticks(targets, [str(target) for target in targets])
+    panels[0].set_xticks([], minor=True)
     panels[1].set(xlabel="features alive on held-out text")
     drawn = {(family, objective) for family, objective, _ in curves}
     key = [
@@ -44,5 +47,5 @@ def frontier(rows: dict[str, dict[str, Any]]) -> Figure:
         for f, o in product(FAMILIES, OBJECTIVES)
         if (f, o) in drawn
     ]
-    panels[1].legend(handles=key, fontsize="x-small")
+    figure.legend(handles=key, loc="outside right upper", fontsize="small")
     return figure
