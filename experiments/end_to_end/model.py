@@ -1,22 +1,26 @@
-"""A small language model of characters, trained here in a minute: four Llama layers."""
+"""The language model: one that is loaded, or a small one of characters, trained here in minutes."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.language_models import train_
 from probsae.activations.language_model import LanguageModel
+from probsae.models.files import atomic_write
 
 
 class CharacterTokenizer:
     """A character is a token; those that a text lacks become its rarest one."""
 
     def __init__(self, text: str):
-        self.characters = sorted(set(text), key=text.count, reverse=True)
+        self.characters = sorted(set(text), key=lambda c: (-text.count(c), c))
         self.ids = {character: i for i, character in enumerate(self.characters)}
 
     def __call__(self, texts: list[str], add_special_tokens: bool = False) -> dict[str, Any]:
@@ -27,28 +31,68 @@ class CharacterTokenizer:
         return "".join(self.characters[i] for i in token_ids)
 
 
-def train_language_model(
-    tokenizer: CharacterTokenizer,
-    token_ids: Tensor,
+def split_contexts(
+    model: LanguageModel, text: str, length: int, held_out: float
+) -> tuple[Int[Tensor, "context position"], Int[Tensor, "context position"]]:
+    """Cut a text into contexts, each begun as the model's texts begin; the last are held out.
+
+    Raises
+    ------
+    ValueError
+        If either part would be empty.
+    """
+    token_ids = model.contexts(model.tokenize([text])[0], length)
+    n_train = int((1 - held_out) * len(token_ids))
+    if not 0 < n_train < len(token_ids):
+        raise ValueError(
+            f"the text must have some contexts of {length} tokens to train on and some to hold "
+            f"out, got {len(token_ids)} in all; pass longer text, or a shorter context_length"
+        )
+    return token_ids[:n_train], token_ids[n_train:]
+
+
+def character_model(
+    text: str,
+    out: Path,
     *,
+    context_length: int,
+    held_out: float,
     n_steps: int,
+    device: str = "cpu",
     width: int = 64,
     n_layers: int = 4,
     batch_size: int = 32,
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> LanguageModel:
-    """Train on contexts (context, position) with AdamW, cosine decay."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer.characters), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=token_ids.shape[1], bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = LlamaForCausalLM(config)
-        train_(
-            network, token_ids, n_steps=n_steps, batch_size=batch_size,
-            learning_rate=learning_rate,
+    """Train four Llama layers on all but the end of a text, go on, or read them from `out`.
+
+    AdamW with cosine decay. The folder is an ordinary one of Hugging Face's, without a tokenizer:
+    that is the text's.
+    """
+    tokenizer = CharacterTokenizer(text)
+    name = f"characters-{width}x{n_layers}"
+    if not out.exists():
+        checkpoint = out.with_name(out.name + "-checkpoint")
+        config = LlamaConfig(
+            vocab_size=len(tokenizer.characters), hidden_size=width, intermediate_size=2 * width,
+            num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=4,
+            max_position_embeddings=context_length, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
-    return LanguageModel(f"characters-{width}x{n_layers}", network, tokenizer)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = LlamaForCausalLM(config)
+            torch.nn.Module.to(network, device)  # transformers' own `to` has no types
+            train, _ = split_contexts(
+                LanguageModel(name, network, tokenizer), text, context_length, held_out
+            )
+            train_(
+                network, train.to(device), n_steps=n_steps, batch_size=batch_size,
+                learning_rate=learning_rate, checkpoint=checkpoint,
+            )  # fmt: skip
+        with atomic_write(out) as folder:
+            network.save_pretrained(folder)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    network = LlamaForCausalLM.from_pretrained(out).requires_grad_(False).eval()
+    torch.nn.Module.to(network, device)
+    return LanguageModel(name, network, tokenizer)

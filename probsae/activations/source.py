@@ -25,6 +25,22 @@ class ActivationSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ResumableSource(ActivationSource, Protocol):
+    """A source whose batches cost something to make, and can be left out unmade."""
+
+    def batches_after(
+        self,
+        n_batches: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Iterator[Tensor]:
+        """Return what `batches` yields after its first `n_batches`, which are not made."""
+        ...
+
+
 _TEXT_ADVICE = "; text becomes activations by `probsae harvest`, or probsae.activations.harvest"
 
 ActivationData: TypeAlias = Tensor | np.ndarray | ActivationSource | Iterable[Tensor]

@@ -142,6 +142,17 @@ def check_checkpoint(path: str | Path) -> Path:
     return Path(path)
 
 
+def steps_done(path: str | Path) -> int:
+    """Return the steps that a checkpoint was made after.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no complete checkpoint at `path`.
+    """
+    return int(json.loads((check_checkpoint(path) / "fit.json").read_text())["step"])
+
+
 def load_checkpoint(path: str | Path, state: FitState) -> None:
     """Set model, optimiser, step and history of `state` to those of a checkpoint.
 

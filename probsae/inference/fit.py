@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, size_of
-from probsae.inference.callbacks import Callback, FitState, check_checkpoint, load_checkpoint
+from probsae.inference.callbacks import Callback, FitState, load_checkpoint, steps_done
 from probsae.inference.guard import FiniteGuard, NonFiniteElboError
 from probsae.inference.loop import Fits, progress_bar, run
 from probsae.inference.schedule import Schedule
@@ -126,7 +125,8 @@ def fit(
     compile : bool, optional
         Whether to run the step through torch.compile; by default where that pays.
     resume : str or Path, optional
-        Folder of a `Checkpoint` to go on from, with the same data and settings.
+        Folder of a `Checkpoint` to go on from, with the same data and settings. Batches that it
+        had are drawn again and passed over; `ContextActivations` leaves them out unmade.
     progress : bool, optional
         Show a bar; by default on terminals, for fits longer than two seconds.
 
@@ -163,10 +163,9 @@ def fit(
         model.default_learning_rate if learning_rate is None else learning_rate
     )
     check_precision(precision)
-    if resume is not None:
-        check_checkpoint(resume)
+    n_done = 0 if resume is None else steps_done(resume)
     check_fit_memory(model, piece_tokens(model, batch_size), device)
-    first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in)
+    first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in, n_done)
     model.to(device)
     was_initialized, floor = bool(model.is_initialized), model.noise_floor.clone()
     model.initialize_(first)
@@ -183,7 +182,6 @@ def fit(
         try:
             if resume is not None:
                 load_checkpoint(resume, state)
-                stream = itertools.islice(stream, state.step, None)
                 single.n_tokens = state.step * batch_size
             with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
                 run(single, stream, bar)

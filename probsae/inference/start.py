@@ -13,6 +13,7 @@ from probsae.activations.resources import check_memory
 from probsae.activations.source import (
     ActivationData,
     ActivationSource,
+    ResumableSource,
     batches,
     check_activations,
 )
@@ -53,9 +54,19 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def open_data(
-    data: ActivationData, batch_size: int, n_steps: int, seed: int, device: torch.device, d_in: int
+    data: ActivationData,
+    batch_size: int,
+    n_steps: int,
+    seed: int,
+    device: torch.device,
+    d_in: int,
+    n_done: int = 0,
 ) -> tuple[Tensor, Iterator[Tensor]]:
-    """Return the first tokens, and a stream of batches that still begins with them."""
+    """Return the first tokens, and a stream of batches that begins with them.
+
+    A fit that goes on after `n_done` steps gets the same first tokens, and what follows its last
+    batch: batches in between are made only where the data know no other way.
+    """
     if isinstance(data, ActivationSource) and data.d_in != d_in:
         raise ValueError(
             f"data must have the model's d_in={d_in}, got d_in={data.d_in} from {data!r}; build "
@@ -68,7 +79,11 @@ def open_data(
         raise ValueError("data must hold at least one batch, got an empty iterator")
     for x in head:
         check_activations(x, d_in)  # each on its own: a row number is then one of a batch
-    return torch.cat(head), itertools.chain(head, stream)
+    if n_done > len(head) and isinstance(data, ResumableSource):
+        rest = data.batches_after(n_done, batch_size, seed=seed, device=device)
+    else:
+        rest = itertools.islice(itertools.chain(head, stream), n_done, None)
+    return torch.cat(head), rest
 
 
 def adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:

@@ -132,11 +132,25 @@ class ContextActivations:
         self, batch_size: int, *, seed: int = 0, device: torch.device | str | None = None
     ) -> Iterator[Tensor]:
         """Endless activations of whole contexts, shuffled context by context."""
+        return self.batches_after(0, batch_size, seed=seed, device=device)
+
+    def batches_after(
+        self,
+        n_batches: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Iterator[Tensor]:
+        """Return what `batches` yields after its first `n_batches`, without running the model."""
         n_contexts = min(max(1, batch_size // self.n_kept), len(self.token_ids))
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(self.token_ids), generator=generator)
             for rows in order[: len(order) // n_contexts * n_contexts].split(n_contexts):
+                if n_batches > 0:
+                    n_batches -= 1
+                    continue
                 ids = self.token_ids[rows.to(self.token_ids.device)]
                 x = next(read_contexts(self.model, self.hook, ids, batch_size=n_contexts))
                 tokens = tokens_of(x, self.first).to(device)

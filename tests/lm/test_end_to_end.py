@@ -1,6 +1,7 @@
 """End-to-end objectives: exact identities, the gradient by hand, and what a fit does."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 import probsae as ps
 from probsae.activations.language_model import LanguageModel
-from probsae.inference import Checkpoint, TargetL0, elbo_terms, objective
+from probsae.inference import Callback, Checkpoint, TargetL0, elbo_terms, objective
 from probsae.lm import ContextActivations, EndToEnd, downstream_fvu, splice
 from probsae.lm.end_to_end import draw
 from tests.conftest import FALSE_ALARM_RATE
@@ -229,6 +230,42 @@ def test_resumes_where_it_stopped(tmp_path):
 
     whole = fit(callbacks=[Checkpoint(tmp_path / "state", every=5)])
     torch.testing.assert_close(fit(resume=tmp_path / "state"), whole)
+
+
+def test_resuming_does_not_run_the_model_on_batches_that_were_had(tmp_path):
+    language_model = tiny_language_model()
+    contexts = ContextActivations(language_model, "layers.0", IDS)
+    block = language_model.network.layers[0]
+
+    def fit(**options):
+        model = make(ps.TopKSAE, 12, 24)
+        block.n_calls = 0
+        ps.fit(model, contexts, n_steps=60, batch_size=256, **options)
+        return model.W_dec, block.n_calls
+
+    n_first = 4_096 // 256  # batches that the start looks at
+    whole, n_calls = fit(callbacks=[Checkpoint(tmp_path / "state", every=50)])
+    assert n_calls == 60
+    shutil.copytree(tmp_path / "state", tmp_path / "last")
+    killed = make(ps.TopKSAE, 12, 24)
+    with pytest.raises(KeyboardInterrupt):
+        ps.fit(killed, contexts, n_steps=60, batch_size=256,
+               callbacks=[Checkpoint(tmp_path / "state", every=50), KilledAfter(52)])  # fmt: skip
+    resumed, n_calls = fit(resume=tmp_path / "state")
+    assert n_calls == n_first + 10
+    assert torch.equal(resumed, whole)
+    finished, n_calls = fit(resume=tmp_path / "last")
+    assert n_calls == n_first
+    assert torch.equal(finished, whole)
+
+
+class KilledAfter(Callback):
+    def __init__(self, n_steps):
+        self.n_steps = n_steps
+
+    def on_step(self, state):
+        if state.step == self.n_steps:
+            raise KeyboardInterrupt
 
 
 def test_fit_takes_any_objective():
