@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from probsae.activations.hooks import HookPoint, edited, find_hook, recorded
 from probsae.activations.language_model import LanguageModel
 from probsae.dictionary import Dictionary
 from probsae.lm.contexts import check_contexts, read_contexts, tokens_of, with_tokens
 from probsae.lm.splice_result import SpliceResult
+from probsae.progress import shown
 
 Reconstruct: TypeAlias = Callable[[Tensor], Tensor]
 """Activations (token, d_in) to their replacement."""
@@ -88,13 +88,12 @@ def splice(
         )
     point, first = find_hook(model.network, hook), int(keep_first)
     if mean is None:
-        mean = _mean_activation(model, hook, token_ids, batch_size, first)
-    quiet = None if progress is None else not progress
+        mean = _mean_activation(model, hook, token_ids, batch_size, first, progress)
     cuda = [model.device] if model.device.type == "cuda" else []
     parts: list[Tensor] = []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        for ids in tqdm(token_ids.split(batch_size), desc="splice", delay=2, disable=quiet):
+        for ids in shown(token_ids.split(batch_size), "splice", "batch", progress):
             parts.append(_losses(model, point, ids, dictionary, mean, n_draws, first))
     cross_entropy, kl = torch.cat(parts, dim=2).cpu()
     return SpliceResult(
@@ -171,9 +170,10 @@ def _mean_activation(
     token_ids: Int[Tensor, "context position"],
     batch_size: int,
     first: int,
+    progress: bool | None,
 ) -> Float[Tensor, " d_in"]:
     total = None
-    for x in read_contexts(model, hook, token_ids, batch_size=batch_size):
+    for x in read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress):
         part = tokens_of(x, first).double().sum(0)
         total = part if total is None else total + part
     assert total is not None

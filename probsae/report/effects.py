@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from probsae.activations.store import ActivationStore
+from probsae.progress import shown
 from probsae.report.features import LogitEffects
 
 # Instead of a model's name: show no effects.
@@ -18,7 +19,11 @@ _MAX_EFFECTS = 2**25
 
 
 def effects_of(
-    store: ActivationStore, directions: Tensor, name: str | None = None
+    store: ActivationStore,
+    directions: Tensor,
+    name: str | None = None,
+    *,
+    progress: bool | None = None,
 ) -> LogitEffects | None:
     """Return the tokens whose logits each feature raises and lowers most.
 
@@ -31,6 +36,8 @@ def effects_of(
     name : str, optional
         Language model to read them from; "none" for no effects. By default the store's own, where
         it is a file or folder here and the hook lies on the residual stream.
+    progress : bool, optional
+        Show a bar; by default on terminals, for what takes longer than two seconds.
 
     Raises
     ------
@@ -47,7 +54,8 @@ def effects_of(
     model = load_language_model(name)
     found: list[list[tuple[str, float]]] = []
     n_vocabulary = model.logits(directions.new_zeros(1, 1).long()).shape[-1]
-    for rows in directions.split(max(1, _MAX_EFFECTS // n_vocabulary)):
+    parts = directions.split(max(1, _MAX_EFFECTS // n_vocabulary))
+    for rows in shown(parts, "logit effects", "batch", progress):
         try:
             effects = logit_effects(model, rows, hook=store.index["hook"])
         except ValueError:

@@ -19,6 +19,7 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.metrics.calibration import Reliability
 from probsae.models.base import SparseDictionary
 from probsae.models.files import load
+from probsae.progress import shown
 from probsae.report.effects import NO_EFFECTS, effects_of
 from probsae.report.features import DirectionUncertainty, FeatureData, LogitEffects, gather_features
 from probsae.report.html import Page, load_template, write_browser
@@ -29,6 +30,8 @@ DATA, RELIABILITY, POSTERIOR = "data.json", "reliability.json", "posterior"
 STABILITY, PAGE = "stability.safetensors", "report.html"
 # Of fresh synthetic tokens: none that a fit or its evaluation has seen.
 _SEED = 4
+# Tokens read at a time.
+_ROWS = 16_384
 # Instead of a tokenizer's name: show token ids.
 NO_TOKENIZER = "none"
 
@@ -89,6 +92,7 @@ def report_run(
     posterior: DirectionUncertainty | None = None,
     logit_effects: LogitEffects | str | None = None,
     out: str | Path | None = None,
+    progress: bool | None = None,
 ) -> Path:
     """Write the feature browser of a run folder.
 
@@ -114,6 +118,8 @@ def report_run(
         store's own where it is here; "none" shows none. Or the effects, see `gather_features`.
     out : str or Path, optional
         The page, by default report.html in the run folder.
+    progress : bool, optional
+        Show bars; by default on terminals, for what takes longer than two seconds.
 
     Returns
     -------
@@ -134,7 +140,7 @@ def report_run(
     if (run / "model").exists():
         features, facts = gather_run(
             run, store=store, tokenizer=tokenizer, n_tokens=n_tokens,
-            level=level, posterior=posterior, logit_effects=logit_effects,
+            level=level, posterior=posterior, logit_effects=logit_effects, progress=progress,
         )  # fmt: skip
     elif not (run / "report.json").exists():
         raise FileNotFoundError(
@@ -164,6 +170,7 @@ def gather_run(
     level: float = 0.9,
     posterior: DirectionUncertainty | None = None,
     logit_effects: LogitEffects | str | None = NO_EFFECTS,
+    progress: bool | None = None,
 ) -> tuple[FeatureData, dict[str, str]]:
     """Gather the features of a run folder, and the facts of what they were looked at on.
 
@@ -181,9 +188,9 @@ def gather_run(
         "dictionary": _read(run / DATA).get("method", type(model).__name__),
         "size": f"{model.d_sae:,} features in {model.d_in:,} dimensions",
     }
-    x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts)
+    x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts, progress)
     if logit_effects is None or isinstance(logit_effects, str):
-        logit_effects = _logit_effects(run, store, model, logit_effects)
+        logit_effects = _logit_effects(run, store, model, logit_effects, progress)
     features = gather_features(
         model,
         x,
@@ -192,6 +199,7 @@ def gather_run(
         stability=_stability(run / STABILITY, model.d_sae),
         logit_effects=logit_effects,
         level=level,
+        progress=progress,
     )
     return features, facts
 
@@ -220,12 +228,16 @@ def activations_of(run: str | Path, store: str | Path | None = None) -> tuple[An
 
 
 def _logit_effects(
-    run: Path, store: str | Path | None, model: SparseDictionary, name: str | None
+    run: Path,
+    store: str | Path | None,
+    model: SparseDictionary,
+    name: str | None,
+    progress: bool | None,
 ) -> LogitEffects | None:
     source, _ = activations_of(run, store)
     if not isinstance(source, ActivationStore):
         return None
-    return effects_of(source, model.dictionary(), name)
+    return effects_of(source, model.dictionary(), name, progress=progress)
 
 
 def _tokens_to_show(
@@ -235,6 +247,7 @@ def _tokens_to_show(
     tokenizer: str | None,
     n_tokens: int,
     facts: dict[str, str],
+    progress: bool | None,
 ) -> tuple[Tensor, TokenText | None]:
     """Return held-out or fresh tokens and their text, and add to `facts` what they are."""
     source, rest = activations_of(run, store)
@@ -252,7 +265,15 @@ def _tokens_to_show(
     facts |= {"store": str(source.path), "tokens": f"{n_tokens:,}, held out"}
     facts["title"] = " ".join(filter(None, [facts["language model"], facts["hook"]])) or run.name
     text = token_text(rest, n_tokens, _decode(source, tokenizer))
-    return rest.gather(torch.arange(n_tokens)), text
+    return _first_tokens(rest, n_tokens, progress), text
+
+
+def _first_tokens(store: ActivationStore, n_tokens: int, progress: bool | None) -> Tensor:
+    x = torch.empty(n_tokens, store.d_in)
+    rows = torch.arange(n_tokens).split(_ROWS)
+    for part in shown(rows, "activations", "batch", progress):
+        x[part] = store.gather(part)
+    return x
 
 
 def _decode(store: ActivationStore, tokenizer: str | None) -> Decode | None:
