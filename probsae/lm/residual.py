@@ -151,8 +151,10 @@ def _split(path: str) -> tuple[str | None, str]:
 
 
 def _has_norms_behind_parts(network: nn.Module, block: str) -> bool:
-    names = [name for name, _ in network.get_submodule(block).named_children()]
-    return any(name.startswith(_NORMS_BEHIND_PARTS) for name in names)
+    return any(
+        name.startswith(_NORMS_BEHIND_PARTS) and is_norm(name, module)
+        for name, module in network.get_submodule(block).named_children()
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:

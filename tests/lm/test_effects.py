@@ -180,6 +180,8 @@ def test_maps_of_other_families():
     from transformers import (
         Gemma2Config,
         Gemma2ForCausalLM,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
         MixtralConfig,
         MixtralForCausalLM,
         OPTConfig,
@@ -198,7 +200,14 @@ def test_maps_of_other_families():
     with pytest.raises(ValueError, match="must lie on the residual stream"):
         logit_effects(opt, directions, hook="model.decoder.layers.1.fc1:input")
 
-    sizes |= {"intermediate_size": 16, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 16}
+    neox = LanguageModel("neox", GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)))
+    for part in ("attention.dense", "mlp.dense_4h_to_h"):
+        module = neox.network.get_submodule(f"gpt_neox.layers.1.{part}")
+        effects = logit_effects(neox, directions, hook=f"gpt_neox.layers.1.{part}:input")
+        torch.testing.assert_close(effects, logit_effects(neox, directions @ module.weight.T))
+
+    sizes |= {"num_key_value_heads": 2}
     gemma = LanguageModel("gemma", Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8)))
     logit_effects(gemma, directions, hook="model.layers.1")
     for part in ("mlp", "mlp.down_proj:input", "post_feedforward_layernorm:input"):
