@@ -24,6 +24,7 @@ from probsae.lm import (
     score_hypothesis,
 )
 from probsae.models.code_posterior import CodePosterior, PointPosterior
+from probsae.progress import shown
 
 WINDOW = 8
 """Tokens behind the evidence for a kind: one alone often belongs to several languages."""
@@ -96,7 +97,8 @@ def hypotheses(
     x_choosing, x_judging = (read_tokens(network, hook, ids) for ids in (choosing, judging))
     largest = maximum_codes(network, hook, dictionary, choosing)
     rows = {}
-    for i, (name, own) in enumerate(train.by_kind().items()):
+    every_kind = shown(train.by_kind().items(), "kinds of text", "kind", None, len(train.sizes))
+    for i, (name, own) in enumerate(every_kind):
 
         def proxy(ids: Tensor, own: Tensor = own) -> Tensor:
             return log_likelihood_ratio(ids, own, train.ids, window=WINDOW)

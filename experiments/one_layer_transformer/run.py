@@ -52,6 +52,7 @@ from probsae.activations.language_model import LanguageModel
 from probsae.activations.shards import checksum
 from probsae.inference import DictionaryPosterior
 from probsae.models.base import SparseDictionary
+from probsae.progress import shown
 
 HELD_OUT = 0.1
 # Settings that change no row, or that rows are named by.
@@ -215,7 +216,8 @@ def measure_all(run: Run) -> None:
         losses = json.loads((of.out / f"transformer-{seed}" / "training.json").read_text())
         run.rows.make(f"transformer {seed}", lambda losses=losses: losses)
     run.rows.make("neurons", lambda: neurons_across(run.networks, run.token_ids))
-    for plan in plans(of.families, of.widths, of.compared_width):
+    every_plan = list(plans(of.families, of.widths, of.compared_width))
+    for plan in shown(every_plan, "dictionaries", "dictionary", None):
         network = run.networks[plan.transformer]
         run.rows.make(
             plan.name,
