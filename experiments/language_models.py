@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,26 @@ from probsae.models.files import atomic_write
 # Steps between two entries of the curve of losses, each their mean.
 LOGGED_EVERY = 25
 CHECKPOINT_EVERY = 100
+# Characters of a text that are read at once.
+PIECE = 1 << 20
+_LAST_WORD_BREAK = re.compile(r"(?s).*\S(?= \S)")
+
+
+def pieces(file: Path) -> Iterator[str]:
+    """Yield a text piece by piece, cut in front of the space of a word.
+
+    Byte-level BPE of the pieces is that of the whole text: it never merges over such a place.
+    A piece without one is cut anywhere.
+    """
+    rest = ""
+    with file.open(encoding="utf-8", errors="replace") as text:
+        while new := text.read(PIECE):
+            found = _LAST_WORD_BREAK.match(rest + new)
+            end = found.end() if found else len(rest + new)
+            yield (rest + new)[:end]
+            rest = (rest + new)[end:]
+    if rest:
+        yield rest
 
 
 def contexts_of(ids: Iterable[int], length: int) -> Int[Tensor, "context position"]:
@@ -60,7 +81,7 @@ def train_(
         disable=None,
     )  # fmt: skip
     for step in bar:
-        recent += _step(network, token_ids[rows[step]], optimizer)
+        recent += _step(network, token_ids[rows[step]].long(), optimizer)
         decay.step()
         if (step + 1) % LOGGED_EVERY == 0:
             losses.append(float(recent) / LOGGED_EVERY)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probsae.models.code_posterior import CodePosterior
+from probsae.progress import shown
 
 # Codes held at once: 2 ** 25 floats are 128 MB.
 _MAX_CODES = 2**25
@@ -26,11 +27,11 @@ class Dictionary(Protocol):
 
 
 def posterior_batches(
-    dictionary: Dictionary, x: Float[Tensor, "token d_in"]
+    dictionary: Dictionary, x: Float[Tensor, "token d_in"], *, progress: bool | None = False
 ) -> Iterator[tuple[slice, Tensor, CodePosterior]]:
     """Encode `x` in pieces that fit in memory; yields where, the piece, and its posterior."""
     width = len(dictionary.dictionary())
     size = max(1, _MAX_CODES // width // 4)
-    for start in range(0, len(x), size):
+    for start in shown(range(0, len(x), size), "encode", "batch", progress):
         where = slice(start, min(start + size, len(x)))
         yield where, x[where], dictionary.encode(x[where])

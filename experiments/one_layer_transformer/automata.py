@@ -8,7 +8,6 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from experiments.one_layer_transformer.model import HOOK
 from probsae.activations.language_model import LanguageModel
 from probsae.lm import (
     excitation,
@@ -29,27 +28,31 @@ N_SHOWN = 5
 
 
 def automata(
-    dictionary: SparseDictionary, network: LanguageModel, background: Tensor, token_ids: Tensor
+    dictionary: SparseDictionary,
+    network: LanguageModel,
+    hook: str,
+    background: Tensor,
+    token_ids: Tensor,
 ) -> dict[str, Any]:
     """Return how well the weights foretell which feature follows which, and the loops of both.
 
     Codes, profiles and rates come from every other context, what is observed from the rest.
     """
     here, there = token_ids[::2], token_ids[1::2]
-    x = read_tokens(network, HOOK, here)
+    x = read_tokens(network, hook, here)
     posterior = dictionary.encode(x)
     total = posterior.p_active.sum(0).cpu()
     # A feature of no whole token has no typical code.
     features = (total >= 1).nonzero()[:, 0]
     typical = (posterior.mean.sum(0).cpu() / total)[features]
     directions = dictionary.dictionary()[features.to(x.device)]
-    effects = logit_effects(network, directions, hook=HOOK).cpu()
+    effects = logit_effects(network, directions, hook=hook).cpu()
     n_vocabulary = effects.shape[1]
     profile = token_profile(dictionary, x, here[:, 1:].flatten(), features, n_vocabulary)
     base = torch.bincount(background.flatten(), minlength=n_vocabulary) / background.numel()
     foretold = excitation(typical[:, None] / final_scale(network, here) * effects, base, profile)
 
-    p_active = dictionary.encode(read_tokens(network, HOOK, there)).p_active.cpu()[:, features]
+    p_active = dictionary.encode(read_tokens(network, hook, there)).p_active.cpu()[:, features]
     observed = observed_excitation(p_active.view(len(there), -1, len(features)))
     # A feature that the other half never met has no row.
     met = observed.isfinite().all(1)

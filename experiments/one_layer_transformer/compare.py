@@ -15,6 +15,7 @@ from experiments.one_layer_transformer.measure import (
     activations,
     against,
     readings,
+    spread,
     summary,
     usage,
 )
@@ -63,7 +64,7 @@ def splitting(
             "same parent as by direction": ps.metrics.share_same_parent(by_direction, by_codes),
             "chance above": _share_above(found.chance_counterparts.correlation),
         }
-    x = next(activations(network, token_ids[:BATCH_CONTEXTS]))
+    x = torch.cat(list(activations(network, spread(token_ids, BATCH_CONTEXTS))))
     row["by direction"]["chance above"] = _share_above(ps.metrics.chance_cosines(parents, x))
     if posteriors is not None:
         row["posterior"] = _uncertain(posteriors, alive, n_draws)

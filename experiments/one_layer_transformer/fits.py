@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,15 +71,30 @@ def fitted(
     checkpoint = folder.with_name(folder.name + "-checkpoint")
     if not folder.exists():
         model, callbacks = _new(plan, data, l0)
-        ps.fit(
+        result = ps.fit(
             model, data, n_steps=n_steps, batch_size=batch_size, seed=plan.seed,
             learning_rate=None if plan.family == "SpikeSlab" else _DETERMINISTIC_RATE,
             device=device, callbacks=[*callbacks, Checkpoint(checkpoint, every=100)],
             resume=checkpoint if checkpoint.exists() else None,
         )  # fmt: skip
+        _history(plan, out).write_text(json.dumps(result.history))
         save(model, folder)
         shutil.rmtree(checkpoint, ignore_errors=True)
     return load(folder, device)
+
+
+def training(plan: Plan, out: Path) -> dict[str, list[float]] | None:
+    """Return the curves of a finished fit, where they were kept: at most 50 points."""
+    file = _history(plan, out)
+    if not file.exists():
+        return None
+    history = json.loads(file.read_text())
+    every = -(-len(history["step"]) // 50)
+    return {name: history[name][every - 1 :: every] for name in ("step", "loss", "fvu", "l0")}
+
+
+def _history(plan: Plan, out: Path) -> Path:
+    return out / f"{plan.name.replace(' ', '-')}-history.json"
 
 
 def _new(

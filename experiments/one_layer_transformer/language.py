@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from experiments.one_layer_transformer.model import HOOK
+from experiments.one_layer_transformer.texts import Contexts
 from probsae.activations.language_model import LanguageModel
 from probsae.dictionary import Dictionary
 from probsae.lm import (
@@ -24,6 +24,7 @@ from probsae.lm import (
     score_hypothesis,
 )
 from probsae.models.code_posterior import CodePosterior, PointPosterior
+from probsae.progress import shown
 
 WINDOW = 8
 """Tokens behind the evidence for a kind: one alone often belongs to several languages."""
@@ -50,10 +51,40 @@ class Neurons:
         return torch.eye(self.d_sae)
 
 
+def check_kinds(train: Contexts, measured: tuple[Tensor, Tensor]) -> None:
+    """Refuse what no feature could be chosen or judged on, before anything is trained.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two contexts, or a kind among several has too few to tell it from
+        the others.
+    """
+    token_ids, kinds = measured
+    if len(token_ids) < 2:
+        raise ValueError(f"there must be two held-out contexts, got {len(token_ids)}")
+    if len(train.sizes) < 2:
+        return
+    for i, (name, own) in enumerate(train.by_kind().items()):
+        for half in (0, 1):
+            is_kind = kinds[half::2] == i
+            evidence = log_likelihood_ratio(token_ids[half::2], own, train.ids, window=WINDOW)
+            is_likely = evidence[:, 1:] > 0
+            n_tokens = int(is_likely.sum())
+            if not bool(is_kind.any()) or n_tokens in (0, is_likely.numel()):
+                raise ValueError(
+                    f"each kind of text must have two held-out contexts or more, and tokens that "
+                    f"speak for it and against it, got {int((kinds == i).sum())} contexts of "
+                    f"{name} and {n_tokens} of {is_likely.numel()} tokens for it; pass longer "
+                    "text, a shorter context_length, or a larger n_held_out"
+                )
+
+
 def hypotheses(
     dictionary: Dictionary,
     network: LanguageModel,
-    train: dict[str, Tensor],
+    hook: str,
+    train: Contexts,
     measured: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
     """Return for each kind of text the feature that stands for it, and what there is to say of it.
@@ -63,14 +94,14 @@ def hypotheses(
     """
     token_ids, kinds = measured
     choosing, judging = token_ids[::2], token_ids[1::2]
-    x_choosing, x_judging = (read_tokens(network, HOOK, ids) for ids in (choosing, judging))
-    background = torch.cat([ids.flatten() for ids in train.values()])
-    largest = maximum_codes(network, HOOK, dictionary, choosing)
+    x_choosing, x_judging = (read_tokens(network, hook, ids) for ids in (choosing, judging))
+    largest = maximum_codes(network, hook, dictionary, choosing)
     rows = {}
-    for i, (name, own) in enumerate(train.items()):
+    every_kind = shown(train.by_kind().items(), "kinds of text", "kind", None, len(train.sizes))
+    for i, (name, own) in enumerate(every_kind):
 
         def proxy(ids: Tensor, own: Tensor = own) -> Tensor:
-            return log_likelihood_ratio(ids, own, background, window=WINDOW)
+            return log_likelihood_ratio(ids, own, train.ids, window=WINDOW)
 
         def score(x: Tensor, ids: Tensor) -> HypothesisScores:
             return score_hypothesis(dictionary, x, proxy(ids)[:, 1:].flatten())
@@ -91,13 +122,13 @@ def hypotheses(
             "precision on its text": float(by_label.precision[best]),
             "share of its text": by_label.share,
         }
-        row["effects"] = _effects(network, dictionary.dictionary()[best], proxy, background)
+        row["effects"] = _effects(network, hook, dictionary.dictionary()[best], proxy, train.ids)
         for where, chosen in (("there", is_kind), ("elsewhere", ~is_kind)):
             ids = judging[chosen][:N_ABLATED]
-            row[f"ablated, {where}"] = _cost_of_ablation(network, dictionary, best, ids)
+            row[f"ablated, {where}"] = _cost_of_ablation(network, hook, dictionary, best, ids)
         prompts = judging[~is_kind][:: max(1, int((~is_kind).sum()) // N_PROMPTS)][:N_PROMPTS]
         free = _continued(network, prompts)
-        with pin(network, HOOK, dictionary, best, float(largest[best])):
+        with pin(network, hook, dictionary, best, float(largest[best])):
             pinned = _continued(network, prompts)
         row["evidence, free"], row["evidence, pinned"] = (
             float(proxy(ids)[:, WINDOW - 1 :].mean() / WINDOW) for ids in (free, pinned)
@@ -106,10 +137,12 @@ def hypotheses(
     return rows
 
 
-def _effects(network: LanguageModel, direction: Tensor, proxy: Any, background: Tensor) -> float:
+def _effects(
+    network: LanguageModel, hook: str, direction: Tensor, proxy: Any, background: Tensor
+) -> float:
     """Rank correlation of logit effects with how much each token speaks for the kind."""
-    effects = logit_effects(network, direction[None], hook=HOOK)[0]
-    tokens = background.unique()
+    effects = logit_effects(network, direction[None], hook=hook)[0]
+    tokens = background.unique().long()
     evidence = proxy(tokens[:, None])[:, 0]
     statistic, _ = spearmanr(effects[tokens].cpu(), evidence)
     return float(statistic)  # pyright: ignore[reportArgumentType]
@@ -117,7 +150,7 @@ def _effects(network: LanguageModel, direction: Tensor, proxy: Any, background: 
 
 @torch.no_grad()
 def _cost_of_ablation(
-    network: LanguageModel, dictionary: Dictionary, feature: int, token_ids: Tensor
+    network: LanguageModel, hook: str, dictionary: Dictionary, feature: int, token_ids: Tensor
 ) -> float:
     """Rise of the loss without the feature, nats a token."""
 
@@ -126,7 +159,7 @@ def _cost_of_ablation(
         return F.cross_entropy(logits, token_ids[:, 1:].flatten().to(logits.device))
 
     before = loss()
-    with ablate(network, HOOK, dictionary, feature):
+    with ablate(network, hook, dictionary, feature):
         return float(loss() - before)
 
 

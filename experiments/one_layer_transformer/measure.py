@@ -39,8 +39,15 @@ def readings(model: SparseDictionary) -> dict[str, Codes]:
 
 def activations(network: LanguageModel, token_ids: Tensor) -> Iterator[Tensor]:
     """Yield the MLP's hidden layer on some contexts at a time, (token, d_in)."""
-    for x in read_contexts(network, HOOK, token_ids, batch_size=BATCH_CONTEXTS):
+    # The chance level takes two batches.
+    size = min(BATCH_CONTEXTS, max(1, len(token_ids) // 2))
+    for x in read_contexts(network, HOOK, token_ids, batch_size=size):
         yield tokens_of(x, 1)
+
+
+def spread(token_ids: Tensor, n_contexts: int) -> Tensor:
+    """Take contexts of all texts, which lie one behind the other."""
+    return token_ids[:: max(1, len(token_ids) // n_contexts)][:n_contexts]
 
 
 def measure(
@@ -48,7 +55,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return what one dictionary's row holds."""
     rates, is_alive = usage(model, activations(network, token_ids))
-    x = torch.cat(list(activations(network, token_ids[: 4 * BATCH_CONTEXTS])))
+    x = torch.cat(list(activations(network, spread(token_ids, 4 * BATCH_CONTEXTS))))
     here = ps.evaluate([model], x).rows[0]
     counts, edges = ps.metrics.density_histogram(rates, n_bins=N_BINS, lowest=1e-5)
     return {

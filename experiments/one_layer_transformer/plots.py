@@ -24,9 +24,9 @@ def draw(rows: Rows, out: Path) -> list[Path]:
 
 
 def losses(rows: Rows) -> Figure:
-    """Draw both transformers' training losses."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    """Draw the transformers' training losses, and what the dictionaries leave unexplained."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes, fits = figure.subplots(1, 2)
     for seed in (0, 1):
         curve = rows[f"transformer {seed}"]["losses"]
         steps = LOGGED_EVERY * np.arange(1, len(curve) + 1)
@@ -36,6 +36,14 @@ def losses(rows: Rows) -> Figure:
     )
     axes.set(xlabel="step", ylabel="training loss, nats a token", title="Two transformers")
     axes.legend()
+    for name, row in _first_transformer(rows).items():
+        curve = row.get("training")
+        if curve is not None:
+            family, d_sae = name.split()[:2]
+            fits.plot(curve["step"], curve["fvu"], label=f"{family} {d_sae}", linewidth=1)
+    fits.set(xlabel="step", ylabel="fvu of a batch", ylim=(0, 1), title="Dictionaries")
+    if fits.lines:
+        fits.legend(fontsize="x-small", ncols=2)
     return figure
 
 

@@ -1,10 +1,12 @@
 """Features of a one-layer transformer's MLP: families over widths, universality, and neurons.
 
-    python -m experiments.one_layer_transformer.run --text novels.txt manual_fr.txt manual_de.txt
+    python -m experiments.one_layer_transformer.run \
+        --text english=novels.txt english=glosses.txt french=manual_fr.txt german=manual_de.txt
 
 Trains two transformers of one layer on the text, harvests their MLPs' hidden layers, fits
 dictionaries at several widths and measures them on held-out text. Everything finished is kept under
---out, and fits and trainings go on from their last checkpoint: a run that was killed goes on.
+--out, and fits and trainings go on from their last checkpoint: a run that was killed goes on, with
+the same settings.
 """
 
 from __future__ import annotations
@@ -13,9 +15,7 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import platform
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import torch
 import tyro
 from torch import Tensor
 
-from experiments.calibration.measure import finite
 from experiments.one_layer_transformer import plots
 from experiments.one_layer_transformer.automata import automata
 from experiments.one_layer_transformer.compare import (
@@ -33,24 +32,31 @@ from experiments.one_layer_transformer.compare import (
     splitting,
     universality,
 )
-from experiments.one_layer_transformer.fits import Plan, again, fitted, of_other, plans
-from experiments.one_layer_transformer.language import Neurons, hypotheses
+from experiments.one_layer_transformer.fits import Plan, again, fitted, of_other, plans, training
+from experiments.one_layer_transformer.language import Neurons, check_kinds, hypotheses
 from experiments.one_layer_transformer.measure import measure
 from experiments.one_layer_transformer.model import HOOK, tokenizer, transformer
 from experiments.one_layer_transformer.tables import markdown
 from experiments.one_layer_transformer.texts import (
-    contexts_by_kind,
+    Contexts,
+    Text,
+    contexts,
     python_code,
     split_text,
-    together,
+    texts,
 )
+from experiments.rows import Rows
 from probsae.activations import ActivationStore
 from probsae.activations.harvest import harvest
 from probsae.activations.language_model import LanguageModel
+from probsae.activations.shards import checksum
 from probsae.inference import DictionaryPosterior
 from probsae.models.base import SparseDictionary
+from probsae.progress import shown
 
 HELD_OUT = 0.1
+# Settings that change no row, or that rows are named by.
+_FREE = ("out", "threads", "device", "families", "widths", "compared_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +65,9 @@ class Settings:
 
     Attributes
     ----------
-    text : tuple of Path
-        Text files; the last tenth of each is held out.
+    text : tuple of str
+        Text files, each as `kind=file` or alone, its name then the kind; several files may be of
+        one kind. The last tenth of each is held out.
     out : Path
         Texts, transformers, stores, dictionaries, results.json and plots.
     n_code_bytes : int
@@ -85,7 +92,7 @@ class Settings:
         Posterior draws of codes and of directions.
     """
 
-    text: tuple[Path, ...]
+    text: tuple[str, ...]
     out: Path = Path("runs/one_layer_transformer")
     n_code_bytes: int = 600_000
     n_vocabulary: int = 1_024
@@ -110,38 +117,33 @@ class Run:
     """One run's parts, each made once, and its rows."""
 
     def __init__(self, settings: Settings):
-        self.settings = settings
-        settings.out.mkdir(parents=True, exist_ok=True)
-        self.file = settings.out / "results.json"
-        self.rows: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        files = list(settings.text)
+        self.settings, out = settings, settings.out
+        given = texts(settings.text)
+        self.plain = plain(settings, given)
+        self.rows = Rows(out, self.plain, _FREE, settings.device)
         if settings.n_code_bytes:
-            files.append(python_code(settings.out / "python_code.txt", settings.n_code_bytes))
-        train, held_out = split_text(files, settings.out / "text", HELD_OUT)
-        self.train_files = train
-        self.tokenizer = tokenizer(train, settings.out / "tokenizer", settings.n_vocabulary)
-        self.train = contexts_by_kind(train, self.tokenizer, settings.context_length)
-        self.held_out = contexts_by_kind(held_out, self.tokenizer, settings.context_length)
+            code = python_code(out / "python_code.txt", settings.n_code_bytes)
+            given.append(Text("code", code))
+        self.train_files, held_out = split_text(
+            [text.file for text in given], out / "text", HELD_OUT
+        )
+        self.tokenizer = tokenizer(self.train_files, out / "tokenizer", settings.n_vocabulary)
 
-    def row(self, name: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Make and keep a row that is not there yet; its draws do not depend on other rows'."""
-        if name in self.rows:
-            return
-        cuda = [self.settings.device] if self.settings.device.startswith("cuda") else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(0)
-            self.rows[name] = finite(make())
-        new = self.file.with_suffix(".new")
-        new.write_text(json.dumps(self.rows, indent=1) + "\n")
-        os.replace(new, self.file)
+        def of(part: str, files: list[Path]) -> Contexts:
+            parts = [Text(text.kind, file) for text, file in zip(given, files, strict=True)]
+            folder = out / "contexts" / part
+            return contexts(parts, self.tokenizer, settings.context_length, folder)
+
+        self.train, self.held_out = of("train", self.train_files), of("held_out", held_out)
+        check_kinds(self.train, self.measured)
 
     @cached_property
     def measured(self) -> tuple[Tensor, Tensor]:
         """Held-out contexts that are measured on, of all texts in their order, and their kinds."""
-        contexts, kinds = together(self.held_out)
-        n = min(self.settings.n_held_out, len(contexts))
-        chosen = torch.linspace(0, len(contexts) - 1, n).long()
-        return contexts[chosen], kinds[chosen]
+        n_contexts = len(self.held_out.ids)
+        n = min(self.settings.n_held_out, n_contexts)
+        chosen = torch.linspace(0, n_contexts - 1, n).long()
+        return self.held_out.ids[chosen].long(), self.held_out.labels[chosen]
 
     @property
     def token_ids(self) -> Tensor:
@@ -152,9 +154,8 @@ class Run:
     def networks(self) -> list[LanguageModel]:
         """The two transformers."""
         of, out = self.settings, self.settings.out
-        train = together(self.train)[0]
-        held_out = together(self.held_out)[0]
-        self.row("text", lambda: text_facts(train, held_out, len(self.tokenizer)))
+        train, held_out = self.train.ids, self.held_out.ids
+        self.rows.make("text", lambda: text_facts(train, held_out, len(self.tokenizer)))
         return [
             transformer(
                 train, self.tokenizer, out / f"transformer-{seed}", n_steps=of.model_steps,
@@ -197,10 +198,11 @@ class Run:
 def text_facts(train: Tensor, held_out: Tensor, n_vocabulary: int) -> dict[str, Any]:
     """Return the sizes, and the loss of a prediction that knows the tokens' frequencies alone."""
     counts = torch.bincount(train.flatten(), minlength=n_vocabulary).double() + 1
+    seen = torch.bincount(held_out.flatten(), minlength=n_vocabulary).double()
     return {
         "training tokens": train.numel(),
         "held-out tokens": held_out.numel(),
-        "unigram nll": float(-(counts / counts.sum()).log()[held_out].mean()),
+        "unigram nll": float(-(counts / counts.sum()).log() @ (seen / seen.sum())),
         "uniform nll": math.log(n_vocabulary),
     }
 
@@ -209,17 +211,19 @@ def measure_all(run: Run) -> None:
     """Fill the rows: transformers, dictionaries, families, universality."""
     of = run.settings
     machine = f"{platform.machine()}, {of.threads} thread, {of.device}, torch {torch.__version__}"
-    run.row("run", lambda: {"machine": machine, "settings": plain(of)})
+    run.rows.make("run", lambda: {"machine": machine, "settings": run.plain})
     for seed in range(len(run.networks)):
         losses = json.loads((of.out / f"transformer-{seed}" / "training.json").read_text())
-        run.row(f"transformer {seed}", lambda losses=losses: losses)
-    run.row("neurons", lambda: neurons_across(run.networks, run.token_ids))
-    for plan in plans(of.families, of.widths, of.compared_width):
+        run.rows.make(f"transformer {seed}", lambda losses=losses: losses)
+    run.rows.make("neurons", lambda: neurons_across(run.networks, run.token_ids))
+    every_plan = list(plans(of.families, of.widths, of.compared_width))
+    for plan in shown(every_plan, "dictionaries", "dictionary", None):
         network = run.networks[plan.transformer]
-        run.row(
+        run.rows.make(
             plan.name,
-            lambda plan=plan, network=network: measure(
-                run.dictionary(plan), network, run.token_ids, of.n_draws
+            lambda plan=plan, network=network: (
+                measure(run.dictionary(plan), network, run.token_ids, of.n_draws)
+                | {"training": training(plan, of.out / "dictionaries")}
             ),
         )
     for family in of.families:
@@ -232,7 +236,7 @@ def compare(run: Run, family: str) -> None:
     of = run.settings
     for widths in itertools.pairwise(of.widths):
         pair = [Plan(family, width) for width in widths]
-        run.row(
+        run.rows.make(
             f"splitting {family} {widths[0]} {widths[1]}",
             lambda pair=pair: splitting(
                 run.dictionary(pair[0]), run.dictionary(pair[1]), run.networks[0], run.token_ids,
@@ -240,7 +244,7 @@ def compare(run: Run, family: str) -> None:
             ),
         )  # fmt: skip
     plan = Plan(family, of.compared_width)
-    run.row(
+    run.rows.make(
         f"universality {family} {of.compared_width}",
         lambda: universality(
             run.dictionary(plan), run.dictionary(again(plan)), run.dictionary(of_other(plan)),
@@ -253,18 +257,27 @@ def read_language(run: Run) -> None:
     """Fill the rows of kinds of text and of automata, for the first transformer's dictionaries."""
     of, network = run.settings, run.networks[0]
     neurons = Neurons(run.store(0).d_in)
-    run.row("language neurons", lambda: hypotheses(neurons, network, run.train, run.measured))
-    for plan in itertools.starmap(Plan, itertools.product(of.families, of.widths)):
-        run.row(
-            f"language {plan.family} {plan.d_sae}",
-            lambda plan=plan: hypotheses(run.dictionary(plan), network, run.train, run.measured),
+    # One kind of text cannot be told from others.
+    readers = of.families if len(run.train.sizes) > 1 else ()
+    if readers:
+        run.rows.make(
+            "language neurons",
+            lambda: hypotheses(neurons, network, HOOK, run.train, run.measured),
         )
-    background = together(run.train)[0]
+    for plan in itertools.starmap(Plan, itertools.product(readers, of.widths)):
+        run.rows.make(
+            f"language {plan.family} {plan.d_sae}",
+            lambda plan=plan: hypotheses(
+                run.dictionary(plan), network, HOOK, run.train, run.measured
+            ),
+        )
     for family in of.families:
         plan = Plan(family, of.compared_width)
-        run.row(
+        run.rows.make(
             f"automata {plan.family} {plan.d_sae}",
-            lambda plan=plan: automata(run.dictionary(plan), network, background, run.token_ids),
+            lambda plan=plan: automata(
+                run.dictionary(plan), network, HOOK, run.train.ids, run.token_ids
+            ),
         )
 
 
@@ -276,10 +289,10 @@ def posteriors(
     return None if narrow is None or wide is None else (narrow, wide)
 
 
-def plain(settings: Settings) -> dict[str, Any]:
-    """Return the settings JSON-ready; of the text files, their names."""
-    values = dataclasses.asdict(settings) | {"text": [file.name for file in settings.text]}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+def plain(settings: Settings, given: list[Text]) -> dict[str, Any]:
+    """Return the settings JSON-ready; of the text files kinds, names and checksums."""
+    values = dataclasses.asdict(settings) | {"out": str(settings.out)}
+    return values | {"text": [f"{kind}={t.name} {checksum(t)[:16]}" for kind, t in given]}
 
 
 def main(settings: Settings) -> None:

@@ -125,7 +125,7 @@ def languages(rows: Rows) -> str:
     """Return each dictionary's best features for the kinds of text, means over the kinds."""
     lines = []
     for name, row in _starting(rows, "language "):
-        means = [sum(kind[key] for kind in row.values()) / len(row) for key in _LANGUAGE]
+        means = [_mean([kind[key] for kind in row.values()]) for key in _LANGUAGE]
         lines.append([name, *map(_signed, means)])
     return _table(["best feature for a kind, mean over kinds", *_LANGUAGE], lines)
 
@@ -190,6 +190,12 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Return the mean of what there is; a feature that was never active has no precision."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _range(values: list[int]) -> str:

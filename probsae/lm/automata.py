@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probsae.dictionary import Dictionary
+from probsae.progress import shown
 
 
 @torch.no_grad()
@@ -19,6 +20,7 @@ def token_profile(
     n_vocabulary: int,
     *,
     batch_size: int = 4_096,
+    progress: bool | None = None,
 ) -> Float[Tensor, "vocabulary feature"]:
     """Probability that each feature is active where the current token is v, for every v.
 
@@ -36,6 +38,8 @@ def token_profile(
         Size of the vocabulary.
     batch_size : int, default 4096
         Tokens encoded at a time.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
 
     Returns
     -------
@@ -51,7 +55,8 @@ def token_profile(
     if len(x) != len(token_ids):
         raise ValueError(f"each token needs its id, got {len(x)} tokens and {len(token_ids)} ids")
     sums = torch.zeros(n_vocabulary, len(features))
-    for rows, ids in zip(x.split(batch_size), token_ids.split(batch_size), strict=True):
+    parts = shown(x.split(batch_size), "token profile", "batch", progress)
+    for rows, ids in zip(parts, token_ids.split(batch_size), strict=True):
         p = dictionary.encode(rows).p_active
         sums.index_add_(0, ids.cpu(), p[:, features.to(p.device)].float().cpu())
     counts = torch.bincount(token_ids.cpu(), minlength=n_vocabulary)[:, None]
@@ -143,7 +148,9 @@ def excitation_graph(
     return graph
 
 
-def loops(graph: nx.DiGraph, max_length: int = 3) -> list[tuple[list[int], float]]:
+def loops(
+    graph: nx.DiGraph, max_length: int = 3, *, progress: bool | None = None
+) -> list[tuple[list[int], float]]:
     """Return the closed paths of a graph: features that bring themselves back.
 
     Parameters
@@ -152,6 +159,8 @@ def loops(graph: nx.DiGraph, max_length: int = 3) -> list[tuple[list[int], float
         From `excitation_graph`.
     max_length : int, default 3
         Nodes of a path, at most.
+    progress : bool, optional
+        Count the paths as they are found; by default on terminals, after two seconds.
 
     Returns
     -------
@@ -166,7 +175,9 @@ def loops(graph: nx.DiGraph, max_length: int = 3) -> list[tuple[list[int], float
     """
     found = [
         (_from_least(cycle), _weakest(graph, cycle))
-        for cycle in nx.simple_cycles(graph, length_bound=max_length)
+        for cycle in shown(
+            nx.simple_cycles(graph, length_bound=max_length), "loops", "loop", progress
+        )
     ]
     return sorted(found, key=lambda loop: (len(loop[0]), -loop[1]))
 

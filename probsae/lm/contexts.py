@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from probsae.activations.hooks import capture, edited, find_hook
 from probsae.activations.language_model import LanguageModel
+from probsae.progress import shown
 
 
 def check_contexts(
@@ -45,6 +46,7 @@ def read_contexts(
     token_ids: Int[Tensor, "context position"],
     *,
     batch_size: int = 16,
+    progress: bool | None = None,
 ) -> Iterator[Float[Tensor, "context position d_in"]]:
     """Run the model up to a hook and yield what passes it, some contexts at a time.
 
@@ -56,9 +58,11 @@ def read_contexts(
         What to run on.
     batch_size : int, default 16
         Contexts of a forward pass.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
     """
     point = find_hook(model.network, hook)
-    for ids in token_ids.split(batch_size):
+    for ids in shown(token_ids.split(batch_size), hook, "batch", progress):
         ids = ids.to(model.device)
 
         def forward(ids: Tensor = ids) -> None:
@@ -74,13 +78,14 @@ def read_tokens(
     *,
     keep_first: bool = True,
     batch_size: int = 16,
+    progress: bool | None = None,
 ) -> Float[Tensor, "token d_in"]:
     """Gather the activations at a hook, float32, in the order of `token_ids`.
 
     With `keep_first` each context's first position is left out: the labels that go with the rows
-    are those of `token_ids[:, 1:].flatten()`.
+    are those of `token_ids[:, 1:].flatten()`. A bar shows as `progress` says, see `read_contexts`.
     """
-    contexts = read_contexts(model, hook, token_ids, batch_size=batch_size)
+    contexts = read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress)
     return torch.cat([tokens_of(x, int(keep_first)) for x in contexts])
 
 
@@ -124,7 +129,7 @@ class ContextActivations:
         self.first = int(keep_first)
         self.n_kept = token_ids.shape[1] - self.first
         self.n_tokens = len(token_ids) * self.n_kept
-        self.d_in = next(read_contexts(model, hook, token_ids[:1])).shape[-1]
+        self.d_in = next(read_contexts(model, hook, token_ids[:1], progress=False)).shape[-1]
         # A batch is forgotten together with its tensor.
         self._ids_of_batch = WeakTensorKeyDictionary()
 
@@ -152,7 +157,9 @@ class ContextActivations:
                     n_batches -= 1
                     continue
                 ids = self.token_ids[rows.to(self.token_ids.device)]
-                x = next(read_contexts(self.model, self.hook, ids, batch_size=n_contexts))
+                x = next(
+                    read_contexts(self.model, self.hook, ids, batch_size=n_contexts, progress=False)
+                )
                 tokens = tokens_of(x, self.first).to(device)
                 self._ids_of_batch[tokens] = ids
                 yield tokens

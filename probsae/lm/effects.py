@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from probsae.activations.hooks import find_hook
 from probsae.activations.language_model import LanguageModel
 from probsae.lm.contexts import read_contexts
+from probsae.lm.residual import final_norm, in_residual_stream
 
 
 def logit_effects(
@@ -37,8 +38,9 @@ def logit_effects(
     directions : Tensor, shape (feature, d_in)
         Rows of `dictionary()`; some of them, for a large vocabulary.
     hook : str, optional
-        Where the dictionary was fitted. It matters only for the input of a linear map that
-        writes to the residual stream, such as `model.layers.7.mlp.down_proj:input`.
+        Where the dictionary was fitted: on the residual stream, or the input of the linear map
+        that an MLP or attention writes to it with, such as `model.layers.7.mlp.down_proj:input`.
+        Without one the directions are taken to lie in the residual stream.
     head, norm : str, optional
         Dotted names of unembedding and final norm, where they are not found by themselves.
 
@@ -50,7 +52,8 @@ def logit_effects(
     Raises
     ------
     ValueError
-        If the directions do not lie in the residual stream, or the unembedding is not found.
+        If the directions do not lie in the residual stream and it is not known how they reach
+        it, or the unembedding is not found.
 
     Notes
     -----
@@ -58,9 +61,9 @@ def logit_effects(
     factor on the logits behind the unembedding is left out. Source: Elhage et al. (2021), "A
     mathematical framework for transformer circuits" (path expansion).
     """
-    if hook is not None:
-        directions = _through_linear(model, hook, directions)
     weight = folded_unembedding(model, head=head, norm=norm)
+    if hook is not None:
+        directions = in_residual_stream(model, hook, directions, weight.shape[1], norm=norm)
     if directions.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"directions must lie in the residual stream, {weight.shape[1]} wide, got shape "
@@ -130,6 +133,7 @@ def final_scale(
     *,
     norm: str | None = None,
     batch_size: int = 16,
+    progress: bool | None = None,
 ) -> float:
     """Return the median over tokens of what the final norm divides by; 1 without a norm.
 
@@ -141,38 +145,22 @@ def final_scale(
         Text that is typical of where the effects are to be judged.
     batch_size : int, default 16
         Contexts of a forward pass.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
     """
     module = final_norm(model, norm)
     if module is None:
         return 1.0
     name = next(name for name, value in model.network.named_modules() if value is module)
     sizes = []
-    for x in read_contexts(model, f"{name}:input", token_ids, batch_size=batch_size):
+    hook = f"{name}:input"
+    for x in read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress):
         is_centering = _is_centering(module, x)
         x = x.float()
         if is_centering:
             x = x - x.mean(-1, keepdim=True)
         sizes.append(x.square().mean(-1).sqrt().flatten())
     return float(torch.cat(sizes).median())
-
-
-def final_norm(model: LanguageModel, name: str | None = None) -> nn.Module | None:
-    """Return the norm before the unembedding: the last one that is in no layer; or None."""
-    if name is not None:
-        return find_hook(model.network, name).module
-    norms = [
-        module
-        for path, module in model.network.named_modules()
-        if path and not any(map(str.isdigit, path.split("."))) and _is_norm(path, module)
-    ]
-    return norms[-1] if norms else None
-
-
-def _is_norm(path: str, module: nn.Module) -> bool:
-    name = path.rpartition(".")[2]
-    return name.startswith("ln_") or any(
-        "norm" in word.lower() for word in (name, type(module).__name__)
-    )
 
 
 def _unembedding(network: nn.Module, name: str | None) -> nn.Linear:
@@ -203,17 +191,3 @@ def _is_centering(module: nn.Module, like: Tensor) -> bool:
     """Whether a norm subtracts the mean: then all ones and all minus ones are the same to it."""
     ones = _alternating(module, like).abs()
     return torch.equal(module(ones), module(-ones))
-
-
-@torch.no_grad()
-def _through_linear(
-    model: LanguageModel, hook: str, directions: Float[Tensor, "feature d_in"]
-) -> Float[Tensor, "feature d_out"]:
-    """Map directions through the linear map of which the hook is the input, if it is one."""
-    point = find_hook(model.network, hook)
-    is_linear = isinstance(point.module, nn.Linear) or type(point.module).__name__ == "Conv1D"
-    if not (point.at_input and is_linear):
-        return directions
-    weight = next(point.module.parameters())
-    inputs = directions.to(weight)
-    return (point.module(inputs) - point.module(torch.zeros_like(inputs[:1]))).float()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probsae.activations.source import check_activations
 from probsae.dictionary import Dictionary
+from probsae.progress import shown
 
 
 def log_likelihood_ratio(
@@ -118,6 +119,7 @@ def score_hypothesis(
     *,
     threshold: float = 0.0,
     batch_size: int = 4_096,
+    progress: bool | None = None,
 ) -> HypothesisScores:
     """Score every feature of a dictionary against one hypothesis.
 
@@ -137,6 +139,8 @@ def score_hypothesis(
         Nats of evidence.
     batch_size : int, default 4096
         Tokens encoded at a time.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
 
     Raises
     ------
@@ -156,7 +160,8 @@ def score_hypothesis(
     labels = torch.stack([is_true.double(), proxy.double() - proxy.double().mean()])
     active = torch.zeros(())
     moments = torch.zeros(())
-    for rows, label in zip(x.split(batch_size), labels.split(batch_size, dim=1), strict=True):
+    parts = shown(x.split(batch_size), "hypothesis", "batch", progress)
+    for rows, label in zip(parts, labels.split(batch_size, dim=1), strict=True):
         posterior = dictionary.encode(rows)
         p, z = posterior.p_active.double(), posterior.mean.double()
         label = label.to(p)

@@ -105,6 +105,7 @@ def maximum_codes(
     *,
     keep_first: bool = True,
     batch_size: int = 16,
+    progress: bool | None = None,
 ) -> Float[Tensor, " d_sae"]:
     """Return each feature's largest posterior mean on some text, units of the activations.
 
@@ -116,9 +117,11 @@ def maximum_codes(
         The text.
     batch_size : int, default 16
         Contexts of a forward pass.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
     """
     largest = None
-    for x in read_contexts(model, hook, token_ids, batch_size=batch_size):
+    for x in read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress):
         here = dictionary.encode(tokens_of(x, int(keep_first))).mean.amax(0)
         largest = here if largest is None else torch.maximum(largest, here)
     if largest is None:

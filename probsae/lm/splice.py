@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from probsae.activations.hooks import edited, find_hook, recorded
 from probsae.activations.language_model import LanguageModel
@@ -17,6 +16,7 @@ from probsae.activations.resources import check_memory
 from probsae.dictionary import Dictionary
 from probsae.lm.contexts import check_contexts, read_contexts, tokens_of, with_tokens
 from probsae.lm.splice_result import SpliceResult
+from probsae.progress import shown
 
 Reconstruct: TypeAlias = Callable[[Tensor], Tensor]
 """Activations (token, d_in) to their replacement."""
@@ -82,7 +82,7 @@ def splice(
     scale.
     """
     _check_draws(n_draws, dictionary)
-    text = _Text(model, hook, token_ids, mean, batch_size, keep_first)
+    text = _Text(model, hook, token_ids, mean, batch_size, keep_first, progress)
     originals = (_untouched(text, ids) for ids in token_ids.split(batch_size))
     return _spliced(text, originals, dictionary, n_draws, seed, progress)
 
@@ -96,7 +96,7 @@ class Splicer:
 
     Parameters
     ----------
-    model, hook, token_ids, mean, batch_size, keep_first
+    model, hook, token_ids, mean, batch_size, keep_first, progress
         As for `splice`.
 
     Raises
@@ -118,10 +118,11 @@ class Splicer:
         mean: Float[Tensor, " d_in"] | None = None,
         batch_size: int = 16,
         keep_first: bool = True,
+        progress: bool | None = None,
     ):
-        self._text = _Text(model, hook, token_ids, mean, batch_size, keep_first)
+        self._text = _Text(model, hook, token_ids, mean, batch_size, keep_first, progress)
         self._originals: list[_Untouched] = []
-        for ids in token_ids.split(batch_size):
+        for ids in shown(token_ids.split(batch_size), "untouched model", "batch", progress):
             if len(self._originals) == 1:
                 held = self._originals[0].log_probabilities
                 _check_fits(held, len(token_ids) / len(held) - 1)
@@ -152,6 +153,7 @@ class _Text:
         mean: Float[Tensor, " d_in"] | None,
         batch_size: int,
         keep_first: bool,
+        progress: bool | None,
     ):
         check_contexts(token_ids)
         self.model, self.point = model, find_hook(model.network, hook)
@@ -159,7 +161,7 @@ class _Text:
         self.n_batches = -(-len(token_ids) // batch_size)
         self.mean = mean
         if mean is None:
-            self.mean = _mean_activation(model, hook, token_ids, batch_size, self.first)
+            self.mean = _mean_activation(model, hook, token_ids, batch_size, self.first, progress)
 
 
 class _Untouched(NamedTuple):
@@ -203,9 +205,8 @@ def _spliced(
     progress: bool | None,
 ) -> SpliceResult:
     """Put the dictionary into each batch of contexts, and join what that shows."""
-    quiet = None if progress is None else not progress
     cuda = [text.model.device] if text.model.device.type == "cuda" else []
-    bar = tqdm(originals, desc="splice", total=text.n_batches, delay=2, disable=quiet)
+    bar = shown(originals, "splice", "batch", progress, total=text.n_batches)
     parts: list[Tensor] = []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
@@ -272,9 +273,10 @@ def _mean_activation(
     token_ids: Int[Tensor, "context position"],
     batch_size: int,
     first: int,
+    progress: bool | None,
 ) -> Float[Tensor, " d_in"]:
     total = None
-    for x in read_contexts(model, hook, token_ids, batch_size=batch_size):
+    for x in read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress):
         part = tokens_of(x, first).double().sum(0)
         total = part if total is None else total + part
     assert total is not None

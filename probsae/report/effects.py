@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from probsae.activations.store import ActivationStore
+from probsae.progress import shown
 from probsae.report.features import LogitEffects
 
 # Instead of a model's name: show no effects.
@@ -20,7 +21,11 @@ _MAX_EFFECTS = 2**25
 
 
 def effects_of(
-    store: ActivationStore, directions: Tensor, name: str | None = None
+    store: ActivationStore,
+    directions: Tensor,
+    name: str | None = None,
+    *,
+    progress: bool | None = None,
 ) -> tuple[LogitEffects | None, str]:
     """Return the tokens whose logits each feature raises and lowers most; or None, and why.
 
@@ -33,6 +38,8 @@ def effects_of(
     name : str, optional
         Language model to read them from; "none" for no effects. By default the store's own, where
         it is a file or folder here and the hook lies on the residual stream.
+    progress : bool, optional
+        Show a bar; by default on terminals, for what takes longer than two seconds.
 
     Returns
     -------
@@ -50,7 +57,7 @@ def effects_of(
         return (
             (None, "not asked for")
             if name in ("", NO_EFFECTS)
-            else (_read(name, store, directions), "")
+            else (_read(name, store, directions, progress), "")
         )
     name = str(store.index["model"])
     if not name:
@@ -58,19 +65,22 @@ def effects_of(
     if not Path(name).exists():
         return None, f"{name!r} is no file or folder here; --effects MODEL names another place"
     try:
-        return _read(name, store, directions), ""
+        return _read(name, store, directions, progress), ""
     except CANNOT_READ as error:
         return None, str(error)
 
 
-def _read(name: str, store: ActivationStore, directions: Tensor) -> LogitEffects:
+def _read(
+    name: str, store: ActivationStore, directions: Tensor, progress: bool | None
+) -> LogitEffects:
     from probsae.activations.language_model import load_language_model
     from probsae.lm.effects import logit_effects, top_tokens
 
     model = load_language_model(name)
     found: list[list[tuple[str, float]]] = []
     n_vocabulary = model.logits(directions.new_zeros(1, 1).long()).shape[-1]
-    for rows in directions.split(max(1, _MAX_EFFECTS // n_vocabulary)):
+    parts = directions.split(max(1, _MAX_EFFECTS // n_vocabulary))
+    for rows in shown(parts, "logit effects", "batch", progress):
         effects = logit_effects(model, rows, hook=store.index["hook"])
         for raised, lowered in zip(
             top_tokens(model, effects, _N_TOKENS),

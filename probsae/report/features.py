@@ -15,6 +15,7 @@ from torch import Tensor
 
 from probsae.dictionary import Dictionary
 from probsae.levels import check_level
+from probsae.progress import shown
 from probsae.report.examples import FeatureExamples, examples
 from probsae.report.sparse_codes import SparseCodes, encode_sparse
 from probsae.report.token_text import TokenText
@@ -115,6 +116,7 @@ def gather_features(
     stability: Float[Tensor, " d_sae"] | Values | None = None,
     logit_effects: LogitEffects | None = None,
     level: float = 0.9,
+    progress: bool | None = None,
 ) -> FeatureData:
     """Encode `x` and collect what a feature browser shows.
 
@@ -137,6 +139,8 @@ def gather_features(
         For each feature the tokens whose logits it raises or lowers most.
     level : float, default 0.9
         Of the rates' intervals.
+    progress : bool, optional
+        Show bars; by default on terminals, for what takes longer than two seconds.
 
     Returns
     -------
@@ -163,10 +167,10 @@ def gather_features(
     _check_length("text", text, len(x), "tokens")
     _check_length("stability", stability, d_sae, "features")
     _check_length("logit_effects", logit_effects, d_sae, "features")
-    codes = encode_sparse(dictionary, x)
+    codes = encode_sparse(dictionary, x, progress=progress)
     return FeatureData(
         columns=_columns(codes, posterior, stability, level),
-        examples=list(examples(codes, text)),
+        examples=list(shown(examples(codes, text), "examples", "feature", progress, d_sae)),
         nearest=_nearest(directions),
         n_tokens=len(x),
         level=level,

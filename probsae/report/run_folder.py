@@ -16,6 +16,7 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.metrics.calibration import Reliability
 from probsae.models.base import SparseDictionary
 from probsae.models.files import load
+from probsae.progress import shown
 from probsae.report.effects import CANNOT_READ, NO_EFFECTS, effects_of
 from probsae.report.features import DirectionUncertainty, FeatureData, LogitEffects, gather_features
 from probsae.report.html import Page, load_template, write_browser
@@ -32,6 +33,8 @@ from probsae.synthetic import SyntheticActivations
 
 # Of fresh synthetic tokens: none that a fit or its evaluation has seen.
 _SEED = 4
+# Tokens read at a time.
+_ROWS = 16_384
 # Instead of a tokenizer's name: show token ids.
 NO_TOKENIZER = "none"
 
@@ -75,6 +78,7 @@ def report_run(
     logit_effects: LogitEffects | str | None = None,
     others: Sequence[str | Path] = (),
     out: str | Path | None = None,
+    progress: bool | None = None,
 ) -> Path:
     """Write the feature browser of a run folder.
 
@@ -103,6 +107,8 @@ def report_run(
         is kept in the folder (`probsae.report.stability.write_stability`).
     out : str or Path, optional
         The page, by default report.html in the run folder.
+    progress : bool, optional
+        Show bars; by default on terminals, for what takes longer than two seconds.
 
     Returns
     -------
@@ -126,7 +132,7 @@ def report_run(
     if (run / "model").exists():
         features, facts = gather_run(
             run, store=store, tokenizer=tokenizer, n_tokens=n_tokens,
-            level=level, posterior=posterior, logit_effects=logit_effects,
+            level=level, posterior=posterior, logit_effects=logit_effects, progress=progress,
         )  # fmt: skip
     elif not (run / "report.json").exists():
         raise FileNotFoundError(
@@ -156,6 +162,7 @@ def gather_run(
     level: float = 0.9,
     posterior: DirectionUncertainty | None = None,
     logit_effects: LogitEffects | str | None = NO_EFFECTS,
+    progress: bool | None = None,
 ) -> tuple[FeatureData, dict[str, str]]:
     """Gather the features of a run folder, and the facts of what they were looked at on.
 
@@ -173,9 +180,9 @@ def gather_run(
         "dictionary": read_json(run / DATA).get("method", type(model).__name__),
         "size": f"{model.d_sae:,} features in {model.d_in:,} dimensions",
     }
-    x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts)
+    x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts, progress)
     if logit_effects is None or isinstance(logit_effects, str):
-        logit_effects = _logit_effects(run, store, model, logit_effects, facts)
+        logit_effects = _logit_effects(run, store, model, logit_effects, facts, progress)
     stability, description = read_stability(run, model.d_sae)
     if description:
         facts["stability"] = description
@@ -187,6 +194,7 @@ def gather_run(
         stability=stability,
         logit_effects=logit_effects,
         level=level,
+        progress=progress,
     )
     return features, facts
 
@@ -236,12 +244,13 @@ def _logit_effects(
     model: SparseDictionary,
     name: str | None,
     facts: dict[str, str],
+    progress: bool | None,
 ) -> LogitEffects | None:
     """Return the effects, or add to `facts` why there are none."""
     source, _ = activations_of(run, store)
     if not isinstance(source, ActivationStore):
         return None
-    effects, remark = effects_of(source, model.dictionary(), name)
+    effects, remark = effects_of(source, model.dictionary(), name, progress=progress)
     if effects is None:
         facts["effects on logits"] = f"none: {remark}"
     return effects
@@ -254,6 +263,7 @@ def _tokens_to_show(
     tokenizer: str | None,
     n_tokens: int,
     facts: dict[str, str],
+    progress: bool | None,
 ) -> tuple[Tensor, TokenText | None]:
     """Return held-out or fresh tokens and their text, and add to `facts` what they are."""
     source, rest = activations_of(run, store)
@@ -271,7 +281,15 @@ def _tokens_to_show(
     facts |= {"store": str(source.path), "tokens": f"{n_tokens:,}, held out"}
     facts["title"] = " ".join(filter(None, [facts["language model"], facts["hook"]])) or run.name
     text = token_text(rest, n_tokens, _decode(source, tokenizer, facts))
-    return rest.gather(torch.arange(n_tokens)), text
+    return _first_tokens(rest, n_tokens, progress), text
+
+
+def _first_tokens(store: ActivationStore, n_tokens: int, progress: bool | None) -> Tensor:
+    x = torch.empty(n_tokens, store.d_in)
+    rows = torch.arange(n_tokens).split(_ROWS)
+    for part in shown(rows, "activations", "batch", progress):
+        x[part] = store.gather(part)
+    return x
 
 
 def _decode(store: ActivationStore, tokenizer: str | None, facts: dict[str, str]) -> Decode | None:

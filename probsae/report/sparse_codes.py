@@ -74,7 +74,9 @@ class SparseCodes:
         return np.clip((self.p_sum - self.p_square_sum) / safe, 0, 1)
 
 
-def encode_sparse(dictionary: Dictionary, x: Float[Tensor, "token d_in"]) -> SparseCodes:
+def encode_sparse(
+    dictionary: Dictionary, x: Float[Tensor, "token d_in"], *, progress: bool | None = None
+) -> SparseCodes:
     """Encode `x` in pieces and keep what may be active.
 
     Parameters
@@ -83,6 +85,8 @@ def encode_sparse(dictionary: Dictionary, x: Float[Tensor, "token d_in"]) -> Spa
         Fitted.
     x : Tensor, shape (token, d_in)
         Activations, in the order of the text.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
 
     Returns
     -------
@@ -100,7 +104,7 @@ def encode_sparse(dictionary: Dictionary, x: Float[Tensor, "token d_in"]) -> Spa
     d_sae = len(dictionary.dictionary())
     pieces, features = [], []
     sums = torch.zeros(2, d_sae, dtype=torch.float64)
-    for where, _, posterior in posterior_batches(dictionary, x):
+    for where, _, posterior in posterior_batches(dictionary, x, progress=progress):
         p_active = posterior.p_active.detach()
         sums += torch.stack([p_active.double().sum(0), p_active.double().square().sum(0)]).cpu()
         piece, feature = _kept(posterior, p_active, where.start)

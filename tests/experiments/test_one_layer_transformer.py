@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 from itertools import product
 
 import pytest
@@ -13,9 +15,9 @@ from experiments import language_models
 from experiments.language_models import contexts_of, train_
 from experiments.one_layer_transformer.fits import Plan, again, of_other, plans
 from experiments.one_layer_transformer.measure import N_BINS, random_directions, summary
-from experiments.one_layer_transformer.model import HOOK
-from experiments.one_layer_transformer.run import Settings, main
-from experiments.one_layer_transformer.texts import python_code, split_text
+from experiments.one_layer_transformer.model import HOOK, tokenizer
+from experiments.one_layer_transformer.run import Run, Settings, main
+from experiments.one_layer_transformer.texts import contexts, python_code, split_text, texts
 from probsae.activations.language_model import load_language_model
 from probsae.lm import logit_effects
 from probsae.metrics import Correspondence
@@ -121,11 +123,101 @@ def test_summary_by_hand():
     assert summary(Correspondence(correlation, correlation), ~is_alive & False)["n"] == 0
 
 
+def tiny_settings(folder, **changes) -> Settings:
+    """Everything of the smallest size that there is."""
+    words = {"english": "the cat sat on a mat", "french": "le chat est sur une natte"}
+    rng = random.Random(0)
+    for name, own in words.items():
+        text = " ".join(rng.choice(own.split()) for _ in range(400))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    values = {
+        "text": tuple(str(folder / f"{name}.txt") for name in words), "out": folder / "out",
+        "n_code_bytes": 0, "n_vocabulary": 260, "context_length": 12, "model_steps": 3,
+        "model_batch_size": 2, "n_tokens": 200, "families": ("SpikeSlab", "ReLU"),
+        "widths": (4, 8), "compared_width": 8, "l0": 2, "n_steps": 3, "batch_size": 64,
+        "n_draws": 2,
+    }  # fmt: skip
+    return Settings(**(values | changes))
+
+
+def test_a_folder_keeps_to_its_settings(tmp_path):
+    """Rows are not named by all settings: others than a folder was begun with are refused."""
+    Run(tiny_settings(tmp_path))
+    Run(tiny_settings(tmp_path, widths=(4,), families=("TopK",), threads=3))  # rows name these
+    for changes in ({"n_steps": 4}, {"l0": 1}, {"n_held_out": 8}, {"n_code_bytes": 10}):
+        name = next(iter(changes))
+        with pytest.raises(ValueError, match=f"begun with other settings .*{name} "):
+            Run(tiny_settings(tmp_path, **changes))
+    settings = tiny_settings(tmp_path)
+    (tmp_path / "french.txt").write_text("un autre texte", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other settings .*french\.txt"):
+        Run(settings)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not say its settings"):
+        Run(tiny_settings(tmp_path, out=tmp_path / "old"))
+
+
+def test_files_of_one_kind_are_one_hypothesis(tmp_path):
+    paths = [tmp_path / f"{name}.txt" for name in "abc"]
+    for path, text in zip(paths, ("one two three", "eins zwei", "four five six"), strict=True):
+        path.write_text(text, encoding="utf-8")
+    a, b, c = map(str, paths)
+    found = texts((f"english={a}", b, f"english={c}"))
+    assert [(kind, file.name) for kind, file in found] == [
+        ("english", "a.txt"), ("english", "c.txt"), ("b", "b.txt"),
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        texts(["english=nothing"])
+    words = tokenizer(paths, tmp_path / "tokenizer", 256)  # letters
+    kept = contexts(found, words, 4, tmp_path / "contexts")
+    assert kept.sizes == {"english": 3 + 3, "b": 2}
+    assert kept.labels.tolist() == [0] * 6 + [1] * 2
+    assert words.decode(kept.by_kind()["english"][:3].flatten()) == "one two thre"
+    assert words.decode(kept.by_kind()["b"].flatten()) == "eins zwe"
+    with pytest.raises(ValueError, match=r"at least one context of 10 tokens here, got none of b"):
+        contexts(found, words, 10, tmp_path / "longer")
+    assert not (tmp_path / "longer").exists()
+
+
+def test_text_read_in_pieces_has_the_tokens_of_the_whole(tmp_path, corpus, monkeypatch):
+    text = corpus[0].read_text(encoding="utf-8")[:4_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    words = tokenizer([tmp_path / "text.txt"], tmp_path / "tokenizer", 400)
+    monkeypatch.setattr(language_models, "PIECE", 100)
+    cut = list(language_models.pieces(tmp_path / "text.txt"))
+    assert "".join(cut) == text
+    assert len(cut) > 30
+    read = contexts(texts([tmp_path / "text.txt"]), words, 8, tmp_path / "contexts")
+    whole = contexts_of(words(text, add_special_tokens=False)["input_ids"], 8)
+    assert torch.equal(read.ids.long(), whole)
+
+
+def test_too_little_text_of_a_kind_is_refused_before_any_training(tmp_path):
+    settings = tiny_settings(tmp_path)
+    (tmp_path / "french.txt").write_text("le chat est sur " * 6, encoding="utf-8")
+    with pytest.raises(ValueError, match="at least one context of 12 tokens here, got none of fr"):
+        Run(settings)
+    (tmp_path / "french.txt").write_text("le chat est sur " * 14, encoding="utf-8")
+    with pytest.raises(ValueError, match="two held-out contexts or more"):
+        Run(dataclasses.replace(settings, out=tmp_path / "more", n_held_out=5))
+    # Of one kind alone there is no hypothesis, and nothing to refuse.
+    Run(tiny_settings(tmp_path, text=(str(tmp_path / "english.txt"),), out=tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_texts_of_any_size_are_measured(tmp_path, capsys):
+    """Three steps leave features dead, undecided or alike: no table breaks on it."""
+    main(tiny_settings(tmp_path))
+    assert "nan" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_small_experiment_end_to_end_and_again(tmp_path, corpus, capsys):
     settings = Settings(
-        text=tuple(corpus), out=tmp_path, n_code_bytes=20_000, n_vocabulary=300, context_length=16,
-        model_steps=75, model_batch_size=16, n_tokens=3_000, families=("SpikeSlab", "TopK"),
+        text=(f"english={corpus[0]}",), out=tmp_path, n_code_bytes=20_000, n_vocabulary=300,
+        context_length=16, model_steps=75, model_batch_size=16, n_tokens=3_000,
+        families=("SpikeSlab", "TopK"),
         widths=(24, 48), compared_width=48, l0=6, n_steps=12, batch_size=256, n_held_out=150,
         n_draws=3,
     )  # fmt: skip
@@ -154,7 +246,7 @@ def test_small_experiment_end_to_end_and_again(tmp_path, corpus, capsys):
         assert ("posterior" in split) == (family == "SpikeSlab")
         assert ("doubt by direction variance" in found) == (family == "SpikeSlab")
     assert len(rows["splitting SpikeSlab 24 48"]["posterior"]["split"]) == 3
-    kinds = [*(file.stem for file in corpus), "python_code"]
+    kinds = ["english", "code"]
     for name in ("neurons", *map(" ".join, product(settings.families, ("24", "48")))):
         language = rows[f"language {name}"]
         assert list(language) == kinds

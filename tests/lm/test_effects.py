@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from probsae.activations.hooks import edited, find_hook, recorded
+from probsae.activations.language_model import LanguageModel
 from probsae.lm import final_scale, folded_unembedding, logit_effects, top_tokens
 from tests.lm.tiny import VOCABULARY, tiny_gpt2, tiny_language_model, tiny_llama
 
@@ -121,3 +122,102 @@ def test_bad_arguments():
         logit_effects(tiny_llama(), torch.randn(2, 24))
     with pytest.raises(ValueError, match="pass its name as head="):
         logit_effects(tiny_language_model(), torch.randn(2, 12))
+
+
+SAME_WIDTH = {
+    "model.layers.1": True,
+    "model.layers.1:input": True,
+    "model.layers.1.mlp": True,
+    "model.layers.1.self_attn": True,
+    "model.layers.1.mlp.down_proj": True,
+    "model.layers.1.self_attn.o_proj": True,
+    "model.layers.1.input_layernorm:input": True,
+    "model.layers.1.post_attention_layernorm:input": True,
+    "model.norm:input": True,
+    "model.embed_tokens": True,
+    "model.layers.1.self_attn.q_proj": False,
+    "model.layers.1.self_attn.q_proj:input": False,
+    "model.layers.1.self_attn.v_proj": False,
+    "model.layers.1.mlp.act_fn": False,
+    "model.layers.1.mlp.gate_proj": False,
+    "model.layers.1.mlp.up_proj:input": False,
+    "model.layers.1.input_layernorm": False,
+    "model.norm": False,
+    "model": False,
+    "lm_head:input": False,
+}
+
+
+@pytest.mark.parametrize("hook", SAME_WIDTH)
+def test_equal_widths_do_not_make_a_residual_stream(hook):
+    """In this network the MLP's hidden layer and the heads are as wide as the stream."""
+    model, directions = tiny_llama(d_mlp=16), torch.randn(3, 16)
+    if SAME_WIDTH[hook]:
+        effects = logit_effects(model, directions, hook=hook)
+        torch.testing.assert_close(effects, logit_effects(model, directions))
+    else:
+        with pytest.raises(ValueError, match="must lie on the residual stream"):
+            logit_effects(model, directions, hook=hook)
+
+
+@pytest.mark.parametrize("sub_block", ["self_attn.o_proj", "mlp.down_proj"])
+def test_directions_behind_a_map_go_through_it(sub_block):
+    model, directions = tiny_llama(d_mlp=16), torch.randn(3, 16)
+    module = model.network.get_submodule(f"model.layers.1.{sub_block}")
+    effects = logit_effects(model, directions, hook=f"model.layers.1.{sub_block}:input")
+    torch.testing.assert_close(effects, logit_effects(model, directions @ module.weight.T))
+
+
+def test_the_maps_input_is_named_where_an_mlps_inside_was_hooked():
+    with pytest.raises(ValueError, match=r"near it: .*model\.layers\.1\.mlp\.down_proj:input"):
+        logit_effects(tiny_llama(), torch.randn(3, 24), hook="model.layers.1.mlp.act_fn")
+    with pytest.raises(ValueError, match="must have 24 columns, got shape"):
+        logit_effects(tiny_llama(), torch.randn(3, 16), hook="model.layers.1.mlp.down_proj:input")
+
+
+def test_maps_of_other_families():
+    """OPT's MLP has no module of its own; Gemma 2 has norms behind its MLP and attention."""
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+    )
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    directions = torch.randn(3, 16)
+
+    opt = LanguageModel(
+        "opt", OPTForCausalLM(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16))
+    )
+    second = opt.network.model.decoder.layers[1].fc2
+    effects = logit_effects(opt, directions, hook="model.decoder.layers.1.fc2:input")
+    torch.testing.assert_close(effects, logit_effects(opt, directions @ second.weight.T))
+    with pytest.raises(ValueError, match="must lie on the residual stream"):
+        logit_effects(opt, directions, hook="model.decoder.layers.1.fc1:input")
+
+    sizes |= {"intermediate_size": 16}
+    neox = LanguageModel("neox", GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)))
+    for part in ("attention.dense", "mlp.dense_4h_to_h"):
+        module = neox.network.get_submodule(f"gpt_neox.layers.1.{part}")
+        effects = logit_effects(neox, directions, hook=f"gpt_neox.layers.1.{part}:input")
+        torch.testing.assert_close(effects, logit_effects(neox, directions @ module.weight.T))
+
+    sizes |= {"num_key_value_heads": 2}
+    gemma = LanguageModel("gemma", Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8)))
+    logit_effects(gemma, directions, hook="model.layers.1")
+    for part in ("mlp", "mlp.down_proj:input", "post_feedforward_layernorm:input"):
+        with pytest.raises(ValueError, match="must lie on the residual stream"):
+            logit_effects(gemma, directions, hook=f"model.layers.1.{part}")
+
+    experts = LanguageModel("moe", MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)))
+    names = [name for name, _ in experts.network.named_modules() if "layers.1" in name]
+    inside = [name for name in names if "experts" in name]
+    assert inside
+    for name in inside:
+        with pytest.raises(ValueError, match="must lie on the residual stream"):
+            logit_effects(experts, directions, hook=name)

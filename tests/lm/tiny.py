@@ -55,12 +55,12 @@ def tiny_language_model() -> LanguageModel:
     return LanguageModel("tiny", network, WordTokenizer())
 
 
-def tiny_llama(seed: int = 0, n_vocabulary: int = VOCABULARY) -> LanguageModel:
+def tiny_llama(seed: int = 0, n_vocabulary: int = VOCABULARY, d_mlp: int = 24) -> LanguageModel:
     """A real, untrained Hugging Face Llama: RMSNorm with a gain that is not 1."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=n_vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        vocab_size=n_vocabulary, hidden_size=16, intermediate_size=d_mlp, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return _untrained(LlamaForCausalLM, config, seed)

@@ -1,0 +1,60 @@
+"""Bars: what is yielded stays as it is, and `progress` says whether one shows."""
+
+import pytest
+import torch
+
+from probsae.lm import (
+    excitation_graph,
+    loops,
+    maximum_codes,
+    read_contexts,
+    read_tokens,
+    score_hypothesis,
+    token_profile,
+)
+from probsae.lm.effects import final_scale
+from probsae.progress import shown
+from probsae.report.features import gather_features
+from tests.lm.tiny import VOCABULARY, signed_identity, tiny_llama
+
+IDS = torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
+HOOK = "model.layers.1"
+X = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_items_pass_and_nothing_shows_off_a_terminal(capsys):
+    assert list(shown([3, 1, 2], "name", "item", None)) == [3, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+LOOPS = {
+    "read_contexts": lambda p: list(read_contexts(tiny_llama(), HOOK, IDS, progress=p)),
+    "read_tokens": lambda p: read_tokens(tiny_llama(), HOOK, IDS, progress=p),
+    "maximum_codes": lambda p: maximum_codes(
+        tiny_llama(), HOOK, signed_identity(16), IDS, progress=p
+    ),
+    "final_scale": lambda p: final_scale(tiny_llama(), IDS, progress=p),
+    "score_hypothesis": lambda p: score_hypothesis(
+        signed_identity(16), X, torch.arange(20) - 9.5, progress=p
+    ),
+    "token_profile": lambda p: token_profile(
+        signed_identity(16), X, torch.arange(20), torch.tensor([0]), 20, progress=p
+    ),
+    "loops": lambda p: loops(excitation_graph(torch.ones(3, 3), torch.arange(3)), progress=p),
+    "gather_features": lambda p: gather_features(signed_identity(16), X, progress=p),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_long_loops_show_a_bar_where_asked(name, monkeypatch):
+    seen = []
+
+    def bar(items, *, disable, **_):
+        seen.append(disable)
+        return items
+
+    monkeypatch.setattr("probsae.progress.tqdm", bar)
+    for progress, disable in ((None, None), (True, False), (False, True)):
+        seen.clear()
+        LOOPS[name](progress)
+        assert set(seen) == {disable}
