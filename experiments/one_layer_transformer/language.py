@@ -107,7 +107,7 @@ def hypotheses(
             return score_hypothesis(dictionary, x, proxy(ids)[:, 1:].flatten())
 
         found = score(x_choosing, choosing)
-        best = int(found.correlation.nan_to_num(-1).argmax())
+        best = int(found.correlation.argmax())
         scores = score(x_judging, judging)
         is_kind = kinds[1::2] == i
         label = is_kind[:, None].expand(judging[:, 1:].shape).flatten().double()

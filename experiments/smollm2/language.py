@@ -3,7 +3,7 @@
     python -m experiments.smollm2.language --text english=novel.txt english=glosses.txt \\
         french=manual_fr.txt german=manual_de.txt --out runs/smollm2_language
 
-Harvests one block's residual stream on the texts and on Python's standard library, fits the
+Harvests one MLP's hidden layer on the texts and on Python's standard library, fits the
 dictionaries, and asks of held-out text as in experiments/one_layer_transformer: which feature
 stands for a language, what follows when it is taken out or pinned, and which features call
 themselves on the next token. Each row is kept as it is finished.
@@ -54,8 +54,9 @@ class Settings:
     model : str, optional
         SmolLM2 by default.
     layer : int
-        Block behind which the residual stream is read. Effects on the logits leave out what later
-        blocks do.
+        Block whose MLP's hidden layer is read. (In the residual stream some tokens are a hundred
+        times the size of others, and a short fit is about them.) Effects on the logits leave out
+        what later blocks do.
     n_held_out : int
         Contexts to measure on, as many of each kind.
     """
@@ -63,7 +64,7 @@ class Settings:
     text: tuple[str, ...]
     out: Path = Path("runs/smollm2_language")
     model: str | None = None
-    layer: int = 20
+    layer: int = 26
     n_code_bytes: int = 600_000
     n_tokens: int = 24_000
     context_length: int = 64
@@ -90,7 +91,7 @@ def balanced(held_out: Contexts, n_contexts: int) -> tuple[Tensor, Tensor]:
 def main(settings: Settings) -> None:
     """Harvest, fit, measure, print; everything finished is kept under `out`."""
     torch.set_num_threads(settings.threads)
-    of, hook = settings, f"model.layers.{settings.layer}"
+    of, hook = settings, f"model.layers.{settings.layer}.mlp.down_proj:input"
     given = texts(of.text)
     values = dataclasses.asdict(of) | {"out": str(of.out)}
     values["text"] = [f"{kind}={file.name} {checksum(file)[:16]}" for kind, file in given]

@@ -96,7 +96,7 @@ class HypothesisScores:
         P(hypothesis | active); not a number for a feature that is never active. Read it beside
         `share`, its value by chance.
     correlation : Tensor, shape (d_sae,)
-        Pearson's, of code and proxy.
+        Pearson's, of code and proxy; 0 for a feature whose code never changes.
     share : float
         Share of tokens of the hypothesis.
     n_tokens : int
@@ -109,6 +109,10 @@ class HypothesisScores:
     correlation: Float[Tensor, " d_sae"]
     share: float
     n_tokens: int
+
+
+# Of the mean square: deviations of a millionth, ten times what single precision rounds off.
+_ROUNDING = 1e-12
 
 
 @torch.no_grad()
@@ -168,12 +172,15 @@ def score_hypothesis(
         active = active + torch.stack([label[0] @ p, p.sum(0)]).cpu()
         moments = moments + torch.stack([z.sum(0), z.square().sum(0), label[1] @ z]).cpu()
     (true_active, all_active), (total, squares, product) = active, moments
-    size = labels[1].square().sum().cpu() * (squares - total.square() / len(x))
+    spread = squares - total.square() / len(x)
+    # Codes in single precision that differ by rounding alone are constant.
+    is_constant = spread <= _ROUNDING * squares
+    size = labels[1].square().sum().cpu() * spread
     return HypothesisScores(
         sensitivity=(true_active / n_true).float(),
         specificity=(1 - (all_active - true_active) / (len(x) - n_true)).float(),
         precision=(true_active / all_active).float(),
-        correlation=(product / size.clamp(min=0).sqrt()).float(),
+        correlation=torch.where(is_constant, 0.0, product / size.clamp(min=0).sqrt()).float(),
         share=n_true / len(x),
         n_tokens=len(x),
     )

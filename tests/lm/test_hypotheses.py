@@ -77,6 +77,15 @@ def test_scores_by_hand():
     assert scores.share == pytest.approx(0.4)
     correlations = torch.corrcoef(torch.stack([*torch.relu(x.T), *torch.relu(-x.T), proxy]))
     torch.testing.assert_close(scores.correlation[:3], correlations[-1, :3])
+    assert scores.correlation[3] == 0
+
+
+def test_a_code_that_is_constant_but_for_rounding_tells_nothing():
+    """It was infinitely correlated, and so the best of all features."""
+    x = torch.stack([torch.arange(9.0), torch.full((9,), 1 / 3)], dim=1)
+    x[::2, 1] *= 1 + 2**-23
+    scores = score_hypothesis(signed_identity(2), x, torch.arange(9.0) - 4)
+    assert scores.correlation.tolist() == pytest.approx([1, 0, 0, 0])
 
 
 def test_activity_counts_by_its_probability():
