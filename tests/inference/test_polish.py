@@ -60,7 +60,7 @@ def test_what_would_lower_the_held_out_elbo_is_not_done(problem):
     assert min(b - a for a, b in zip(before, after, strict=True)) > -1e-4
 
 
-@pytest.mark.parametrize("n_tokens", [4_000, 20_000])
+@pytest.mark.parametrize("n_tokens", [4_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_direction_variance_is_the_distance_from_the_truth(problem, n_tokens):
     # The fit had 128,000 tokens: what it knows counts, the more the fewer the pass has.
     model, data = problem
@@ -206,6 +206,7 @@ def test_an_iterator_is_passed_over_once():
     assert torch.equal(model.W_dec, before)
 
 
+@pytest.mark.slow
 def test_features_that_the_tokens_do_not_show_stay(problem):
     """A rare feature may not fire in a whole pass: it keeps its direction, and is still seen."""
     model, data = problem
