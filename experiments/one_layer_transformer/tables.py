@@ -116,8 +116,8 @@ def doubts(rows: Rows) -> str:
 
 
 _LANGUAGE = (
-    "correlation", "sensitivity", "precision", "share", "precision on its text", "effects",
-    "ablated, there", "ablated, elsewhere", "evidence, free", "evidence, pinned",
+    "correlation", "sensitivity", "specificity", "precision", "share", "precision on its text",
+    "effects", "ablated, there", "ablated, elsewhere", "evidence, free", "evidence, pinned",
 )  # fmt: skip
 
 
