@@ -1,12 +1,14 @@
 """A small version of the SmolLM2 experiment, on its real activations."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.smollm2 import run
+from experiments.one_layer_transformer.texts import Contexts
+from experiments.smollm2 import language, run
 from experiments.smollm2.run import held_out_contexts, main, open_store, read_rows
 from probsae.activations import ActivationStore, StoreWriter
 
@@ -99,3 +101,30 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys
     with pytest.raises(ValueError, match="n_tokens 3000, not 4000"):
         main(**(options | {"n_tokens": 4_000}))
     assert "291 held out" in capsys.readouterr().out  # from the nearest context on
+
+
+@pytest.mark.slow
+def test_small_hypotheses_and_automata_and_again(tmp_path, smollm2, corpus, capsys):
+    settings = language.Settings(
+        text=(f"english={corpus[0]}",), out=tmp_path, layer=2, n_code_bytes=20_000, n_tokens=600,
+        context_length=16, families=("BatchTopK",), d_sae=24, l0=4, n_steps=4, batch_size=128,
+        n_held_out=8,
+    )  # fmt: skip
+    language.main(settings)
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert list(rows) == ["run", "language BatchTopK 24", "automata BatchTopK 24"]
+    found = rows["language BatchTopK 24"]
+    assert list(found) == ["english", "code"]
+    assert all(0 <= kind["specificity"] <= 1 for kind in found.values())
+    assert "| BatchTopK 24 | code |" in capsys.readouterr().out
+    language.main(settings)  # everything is there
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+    with pytest.raises(ValueError, match=r"other settings .*n_steps 4 and not 5"):
+        language.main(dataclasses.replace(settings, n_steps=5))
+
+
+def test_contexts_of_every_kind_are_as_many():
+    ids = torch.arange(20, dtype=torch.int32).view(10, 2)
+    chosen, kinds = language.balanced(Contexts(ids, {"long": 8, "short": 2}), 6)
+    assert kinds.tolist() == [0, 0, 0, 1, 1]
+    assert chosen[:, 0].tolist() == [0, 6, 14, 16, 18]
