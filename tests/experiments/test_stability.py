@@ -17,7 +17,7 @@ def test_a_small_store(tmp_path, monkeypatch):
     writer.finish()
     options = {"store": tmp_path / "store", "d_sae": 16, "n_polish": 4_000, "k": 1, "l1": 0.1}
     out = tmp_path / "out"
-    run.main(out, n_steps=250, seeds=(0, 1), **options)
+    run.main(out, n_steps=400, seeds=(0, 1), **options)
     result = json.loads((out / "results.json").read_text())
     families = result["families"]
     assert set(families) == {"SpikeSlab, as fitted", "SpikeSlab, polished", "BatchTopK", "ReLU"}
@@ -27,7 +27,7 @@ def test_a_small_store(tmp_path, monkeypatch):
     assert all(text in run.table(result) for text in ("R-hat", "p_real", "of 8 wide"))
 
     monkeypatch.setattr(run.Fit, "run", None)  # nothing is fitted again
-    run.main(out, n_steps=250, seeds=(0, 1), **options)
+    run.main(out, n_steps=400, seeds=(0, 1), **options)
     assert json.loads((out / "results.json").read_text()) == result
     with pytest.raises(ValueError, match="n_steps"):
         run.main(out, n_steps=300, seeds=(0, 1), **options)
