@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from math import isfinite
 from statistics import mean, stdev
 from typing import Any
 
@@ -60,7 +61,7 @@ def across_seeds(
             rank, _ = spearmanr(doubt.cpu(), 1 - again.cosine.mean(0))
             row[f"spearman_{name}"] = float(rank)  # pyright: ignore[reportArgumentType]
         found.append(row)
-    result = {name: _summary([row[name] for row in found]) for name in found[0]}
+    result = {name: summary([row[name] for row in found]) for name in found[0]}
     return result | ({} if posteriors is None else _rhat(posteriors))
 
 
@@ -84,6 +85,8 @@ def _rhat(posteriors: list[ps.DictionaryPosterior]) -> dict[str, Any]:
     is_real = (posteriors[0].p_real > 0.5).cpu()
     return {
         f"rhat_{name}_above_1.1": float((value[is_real] > 1.1).double().mean())
+        if bool(is_real.any())
+        else None
         for name, value in (("cosine", found.cosine), ("norm", found.norm))
     }
 
@@ -105,6 +108,12 @@ def across_widths(models: list[ps.SparseDictionary], data: ActivationData) -> di
     return result
 
 
-def _summary(values: list[float]) -> list[float]:
-    """Mean and standard deviation over fits; the latter is 0 where there is one."""
-    return [round(mean(values), 4), round(stdev(values), 4) if len(values) > 1 else 0.0]
+def summary(values: list[float]) -> list[float] | None:
+    """Mean and standard deviation over the fits that have a figure; None where none has.
+
+    An AUROC is undefined where all features come back, or none. One fit has a deviation of 0.
+    """
+    known = [value for value in values if isfinite(value)]
+    if not known:
+        return None
+    return [round(mean(known), 4), round(stdev(known), 4) if len(known) > 1 else 0.0]

@@ -5,8 +5,14 @@ import json
 import pytest
 
 import probsae as ps
-from experiments.stability import run
+from experiments.stability import measure, run
 from probsae.activations import StoreWriter
+
+
+def test_figures_that_some_fits_lack():
+    assert measure.summary([0.5, float("nan"), 0.7]) == [0.6, 0.1414]
+    assert measure.summary([float("nan")] * 3) is None
+    assert measure.summary([0.25]) == [0.25, 0.0]
 
 
 @pytest.mark.slow
