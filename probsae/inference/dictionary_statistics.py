@@ -15,8 +15,8 @@ class DictionaryStatistics:
         S = sum E[z z^T],    T = sum E[z]^T (x - b),    A = S + diag(w),
 
     with w what prior activations of energy w_i at the present dictionary D weigh. The optimum is
-    A^-1 (T + diag(w) D) = D + A^-1 G, with G = T - S D. G is what is kept, and of S its diagonal
-    blocks: with one block that is exact.
+    A^-1 (T + diag(w) D) = D + A^-1 G, with G = T - S D. G is what is kept, of every other token
+    apart, and of S its diagonal blocks: with one block that is exact.
 
     Parameters
     ----------
@@ -37,43 +37,47 @@ class DictionaryStatistics:
         self.block_size = min(block_size or d_sae, d_sae)
         n_blocks = -(-d_sae // self.block_size)
         self.directions = directions.double().clone()
-        self.gradient = torch.zeros_like(self.directions)
+        self.half_gradients = self.directions.new_zeros(2, *self.directions.shape)
         self.second_moment = self.directions.new_zeros(n_blocks, self.block_size, self.block_size)
 
     def add(
         self,
         code_mean: Float[Tensor, "token d_sae"],
-        code_spread: Float[Tensor, " d_sae"],
+        code_variance: Float[Tensor, "token d_sae"],
         x_centered: Float[Tensor, "token d_in"],
     ) -> Tensor:
-        """Take in some tokens: E z of each, Var z summed over them, and x - b.
+        """Take in some tokens: E z, Var z, and x - b of each.
 
         Returns their squared error under D, |x - b - E z D|^2 summed.
         """
         residual = x_centered - code_mean @ self.directions.to(code_mean.dtype)
-        self.gradient += (code_mean.T @ residual).double()
-        self.gradient -= code_spread[:, None] * self.directions
+        for half, gradient in enumerate(self.half_gradients):
+            spread = code_variance[half::2].sum(0).double()
+            gradient += (code_mean[half::2].T @ residual[half::2]).double()
+            gradient -= spread[:, None] * self.directions
         codes = self._by_block(code_mean.T)
         self.second_moment += (codes @ codes.mT).double()
-        self.second_moment.diagonal(dim1=1, dim2=2).add_(self._by_block(code_spread))
+        self.second_moment.diagonal(dim1=1, dim2=2).add_(
+            self._by_block(code_variance.sum(0).double())
+        )
         return residual.square().sum().double()
 
     def fade(self, factor: float) -> None:
         """Weigh all tokens seen so far by `factor`."""
         self.second_moment *= factor
-        self.gradient *= factor
+        self.half_gradients *= factor
 
     def move(self, directions: Float[Tensor, "d_sae d_in"]) -> None:
         """Refer to another dictionary."""
         change = self._by_block(directions.double() - self.directions)
-        self.gradient -= self._flat(self.second_moment @ change)
+        self.half_gradients -= self._flat(self.second_moment @ change) / 2
         self.directions.copy_(directions)
 
     def scale(self, factor: Float[Tensor, " d_sae"]) -> None:
         """Measure codes in units that are smaller by `factor`."""
         by_block = self._by_block(factor, padding=1.0)
         self.second_moment *= by_block[:, :, None] * by_block[:, None, :]
-        self.gradient *= factor[:, None]
+        self.half_gradients *= factor[:, None]
         self.directions /= factor[:, None]
 
     def gain(self, rows: Float[Tensor, "d_sae d_in"]) -> Tensor:
@@ -81,6 +85,11 @@ class DictionaryStatistics:
         change = self._by_block(rows - self.directions)
         gradient = self._by_block(self.gradient)
         return (change * (2 * gradient - self.second_moment @ change)).sum()
+
+    @property
+    def gradient(self) -> Float[Tensor, "d_sae d_in"]:
+        """G of all tokens."""
+        return self.half_gradients.sum(0)
 
     @property
     def energy(self) -> Float[Tensor, " d_sae"]:
@@ -92,8 +101,21 @@ class DictionaryStatistics:
         prior = self._by_block(prior_weight.double(), padding=1.0)
         precision = self.second_moment + torch.diag_embed(prior)
         cholesky, _ = torch.linalg.cholesky_ex(precision)
-        step = torch.cholesky_solve(self._by_block(self.gradient), cholesky)
-        return Rows(self.directions + self._flat(step), cholesky)
+        return Rows(self.directions + self._solve(self.gradient, cholesky), cholesky)
+
+    def halves_agree(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Compare the steps from D that the tokens' two halves ask for.
+
+        Returns per feature their inner product and |rows.mean - D|^2, in units of the rows'
+        variance. Their errors are independent: only what both say of D's error is in the product.
+        """
+        steps = [2 * self._solve(half, rows.cholesky) for half in self.half_gradients]
+        variance = rows.relative_variance
+        step = (steps[0] + steps[1]) / 2
+        return (steps[0] * steps[1]).sum(1) / variance, step.square().sum(1) / variance
+
+    def _solve(self, gradient: Tensor, cholesky: Tensor) -> Tensor:
+        return self._flat(torch.cholesky_solve(self._by_block(gradient), cholesky))
 
     def _by_block(self, rows: Tensor, padding: float = 0.0) -> Tensor:
         """Split the leading axis into blocks, the last one padded."""

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, batches, check_activations, size_of
 from probsae.inference.dictionary_posterior import DictionaryPosterior
-from probsae.inference.dictionary_statistics import Rows
 from probsae.inference.variational_em import Expectation, HeldOutGuard, Sums, maximize
 from probsae.models.base import SparseDictionary
 
 # Tokens of a pass over data without a size.
 _N_TOKENS = 200_000
-# Least that a pass over fresh tokens counts as, beside the fit: a held-out batch tells no less.
+# Least share of a pass that is taken: where its halves show less error of the fit than this,
+# they could not have shown more.
 _LEAST_SHARE = 0.02
 # Above this many features a block of S is no wider: it would take 2 GiB.
 _MAX_BLOCK = 16_384
@@ -96,10 +96,11 @@ def polish(
 
     Notes
     -----
-    The fit, which had tokens of its own, is an estimate of the dictionary too. A pass is taken as
-    far from it as is best for the held-out batch, share f / (f + v) where v is the variance of
-    q(W) above and f the fit's, and q(W) then has share times v. The share is no less than that of
-    the pass's tokens in the data, where these have a size: the fit had no others.
+    The fit, which had tokens of its own, is an estimate of the dictionary too. Each feature goes
+    the share f / (f + v) of the way from the fit to the pass, where v is the variance of q(W) above
+    and f the fit's, and q(W) then has share times v. f is what two halves of the pass's tokens say
+    alike of the step from the fit. The share is no less than that of the pass's tokens in the data,
+    where these have a size: the fit had no others.
 
     The ELBO of the held-out batch never falls, neither with the encoder's posterior nor with the
     refined one: a pass that would lower it is taken half as far, and so on; `held_out_elbo` says
@@ -132,30 +133,33 @@ def polish(
     n_tokens = n_tokens or (size - batch_size if size else _N_TOKENS)
     expectation = Expectation(model, n_sweeps, n_candidates)
     sums = Sums(model, block_size or min(model.d_sae, _MAX_BLOCK), prior_weight)
-    least_share = _LEAST_SHARE if size is None else n_tokens / size
+    least_share = max(_LEAST_SHARE, n_tokens / size if size else 0.0)
     if forgetting_rate:
         least_share = 1.0
-    guard, posterior = None, None
+    guard = maximum = share = None
     for _ in range(n_passes):
         stream = batches(data, batch_size, seed=seed, device=model.b_dec.device)
         held_out = _first(stream, model.d_in)
-        guard = guard or HeldOutGuard(expectation, held_out, least_share)
+        guard = guard or HeldOutGuard(expectation, held_out)
         sums.clear()
         for x in _with_bar(stream, max(1, n_tokens // batch_size), progress):
             sums.fade(1 - forgetting_rate)
             sums.add(x, expectation(x))
             if forgetting_rate:
-                posterior = maximize(model, sums)
+                maximum = maximize(model, sums)
         if not sums.n_tokens:
             raise ValueError("data must hold more than one batch: the first is held out")
         if not forgetting_rate:
-            posterior = maximize(model, sums)
-        guard.check()
+            maximum = maximize(model, sums)
+        assert maximum is not None
+        if share is None:  # later passes see the same tokens from a better start
+            share = maximum.fit_error.clamp(least_share, 1)
+        guard.check(share)
     assert guard is not None
-    assert posterior is not None
-    assert guard.share is not None
-    rows = Rows(model.dictionary().double(), posterior.rows.cholesky / guard.share**0.5)
-    return replace(posterior, rows=rows, held_out_elbo=guard.history)
+    assert maximum is not None
+    assert share is not None
+    rows = maximum.posterior.rows.scaled(share.rsqrt())._replace(mean=model.dictionary().double())
+    return replace(maximum.posterior, rows=rows, held_out_elbo=guard.history)
 
 
 def _first(stream: Iterator[Tensor], d_in: int) -> Tensor:

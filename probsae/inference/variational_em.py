@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -19,6 +22,8 @@ from probsae.models.code_priors import learned_spike_slab
 
 # How often a pass that lowers the held-out ELBO is halved before it is given up.
 _N_HALVINGS = 4
+# Entries of rows that a share is found from: its standard error is some 2%.
+_N_ENTRIES = 8_192
 
 
 class Expectation:
@@ -67,13 +72,13 @@ class Sums:
 
     def add(self, x: Float[Tensor, "token d_in"], q: CodePosterior) -> None:
         """Take in some tokens."""
-        model, mean, spread = self.model, q.mean, q.variance.sum(0).double()
+        mean, variance = q.mean, q.variance
         self.move()
-        error = self.dictionary.add(mean, spread, x - model.b_dec)
+        error = self.dictionary.add(mean, variance, x - self.model.b_dec)
         self.n_tokens += len(x)
         self.n_active += q.p_active.sum(0).double()
         self.code += mean.sum(0).double()
-        self.squared_error += error + spread.sum()
+        self.squared_error += error + variance.sum().double()
         if isinstance(q.distribution, SpikeSlab):
             self.log_present += F.softplus(q.distribution.logits).sum(0).double()
 
@@ -90,8 +95,19 @@ class Sums:
         self.code *= factor
 
 
+class Maximum(NamedTuple):
+    """The optimum of everything but the codes, and how far to go for it.
+
+    `fit_error` is f / (f + v) of each feature, with f the variance of the direction that the sums
+    refer to, the fit's, and v the optimum's: the best of both is this share of the way between.
+    """
+
+    posterior: DictionaryPosterior
+    fit_error: Float[Tensor, " d_sae"]
+
+
 @torch.no_grad()
-def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
+def maximize(model: SparseDictionary, sums: Sums) -> Maximum:
     """Set all of `model` but the codes' law to its optimum; return how certain that is.
 
     A feature that the tokens do not show keeps its direction and slab: those of codes near zero,
@@ -102,8 +118,9 @@ def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
     rows = sums.dictionary.solve(anchor)
     noise_precision = _noise_posterior(model, sums, rows, anchor)
     rate, log_odds = _feature_posteriors(model, sums, rows, noise_precision)
+    is_shown = torch.ones_like(anchor, dtype=torch.bool) if log_odds is None else log_odds > 0
+    fit_error = _fit_error(sums, rows, is_shown)
     if log_odds is not None:
-        is_shown = log_odds > 0
         directions = sums.dictionary.directions
         rows = rows._replace(mean=torch.where(is_shown[:, None], rows.mean, directions))
         _set_slabs(model, sums, is_shown)
@@ -117,7 +134,30 @@ def maximize(model: SparseDictionary, sums: Sums) -> DictionaryPosterior:
     if model.learn_noise:
         model.log_noise_scale.copy_(-0.5 * noise_precision.mean.log())
     model.normalize_()
-    return DictionaryPosterior(rows.scaled(norms), rate, noise_precision, log_odds, [])
+    posterior = DictionaryPosterior(rows.scaled(norms), rate, noise_precision, log_odds, [])
+    return Maximum(posterior, fit_error)
+
+
+def _fit_error(sums: Sums, rows: Rows, is_shown: Bool[Tensor, " d_sae"]) -> Tensor:
+    """Return f / (f + v) of each feature, from how far the tokens' halves agree on its step.
+
+    It varies smoothly with a feature's energy, and is found over features of near energies; those
+    that the tokens do not show are given that of the least that they do.
+    """
+    order = sums.dictionary.energy.argsort(descending=True)
+    order = order[is_shown[order]]
+    n, reach = len(order), math.ceil(_N_ENTRIES / rows.mean.shape[1]) // 2
+    if n == 0:
+        return torch.zeros_like(sums.dictionary.energy)
+    place = torch.arange(n, device=order.device)
+    start, end = (place - reach).clamp(min=0), (place + reach + 1).clamp(max=n)
+    agreed, moved = (
+        F.pad(total[order].cumsum(0), (1, 0)) for total in sums.dictionary.halves_agree(rows)
+    )
+    share = (agreed[end] - agreed[start]) / (moved[end] - moved[start]).clamp(min=1e-300)
+    fit_error = share[-1].expand(len(is_shown)).clone()
+    fit_error[order] = share
+    return fit_error
 
 
 def active_energy(model: SparseDictionary) -> Float[Tensor, " d_sae"]:
@@ -163,7 +203,9 @@ def _set_slabs(model: SparseDictionary, sums: Sums, is_shown: Bool[Tensor, " d_s
     """Give slabs the moments of their features' active codes and `prior_weight` of their own."""
     prior = learned_spike_slab(model)
     assert prior is not None
-    old_mean, old_energy = prior().slab.mean.double(), active_energy(model).double()
+    old = _slab_moments(model)
+    assert old is not None
+    old_mean, old_energy = old
     weight = sums.prior_weight
     count = sums.n_active + weight
     mean = (sums.code + weight * old_mean) / count
@@ -174,60 +216,28 @@ def _set_slabs(model: SparseDictionary, sums: Sums, is_shown: Bool[Tensor, " d_s
 
 
 class HeldOutGuard:
-    """Takes as much of each pass as held-out tokens ask for; their ELBO never falls.
+    """Takes a share of each pass, or less of it: the ELBO of held-out tokens never falls."""
 
-    With fresh tokens a pass's optimum M and the fit's directions D are two estimates of one thing,
-    of variances v and f: the best of both is D + share (M - D) with share = f / (f + v), and its
-    variance is share times v. The held-out ELBO along that line, a parabola, has its maximum there.
-
-    Parameters
-    ----------
-    expectation : Expectation
-        Gives the refined codes.
-    x : Tensor, shape (token, d_in)
-        Held out.
-    least_share : float
-        The tokens of a pass over all that the fit may have had: less would count tokens that are
-        in both twice.
-    """
-
-    def __init__(
-        self, expectation: Expectation, x: Float[Tensor, "token d_in"], least_share: float
-    ):
-        self.expectation, self.x, self.least_share = expectation, x, least_share
-        self.share: float | None = None
+    def __init__(self, expectation: Expectation, x: Float[Tensor, "token d_in"]):
+        self.expectation, self.x = expectation, x
         self.history = [self._elbo()]
-        self.fitted = self.old = self._parameters()
+        self.fitted = self.old = _State.of(expectation.model)
 
-    def check(self) -> None:
-        """Weigh the fit against the pass, and take back what lowers the ELBO.
-
-        The share is found at the first pass: later ones see the same tokens from a better start.
-        """
-        new = self._parameters()
-        share = self.share = self.share or self._best_share(new)
-        for _ in range(_N_HALVINGS + 1):
-            self._set({k: torch.lerp(self.fitted[k], new[k], share) for k in new})
+    def check(self, share: Float[Tensor, " d_sae"]) -> None:
+        """Take `share` of the way from the fit to the model as it is now, and the slabs of now."""
+        model = self.expectation.model
+        new = _State.of(model)
+        for n_halvings in range(_N_HALVINGS + 1):
+            part = 0.5**n_halvings
+            self.fitted.toward(new, part * share, part).restore_(model)
             elbo = self._elbo()
             if all(a >= b for a, b in zip(elbo, self.history[-1], strict=True)):
                 break
-            share /= 2
         else:
-            self._set(self.old)
+            self.old.restore_(model)
             elbo = self.history[-1]
         self.history.append(elbo)
-        self.old = self._parameters()
-
-    def _best_share(self, new: dict[str, Tensor]) -> float:
-        """Return where a parabola through the refined ELBO at 0, 1/2 and 1 is highest."""
-        elbos = []
-        for share in (0.0, 0.5, 1.0):
-            self._set({k: torch.lerp(self.fitted[k], new[k], share) for k in new})
-            elbos.append(self._elbo()[1])
-        start, middle, end = elbos
-        curvature = start + end - 2 * middle
-        best = 1.0 if curvature >= 0 else (3 * start - 4 * middle + end) / (4 * curvature)
-        return min(1.0, max(self.least_share, best))
+        self.old = _State.of(model)
 
     def _elbo(self) -> tuple[float, float]:
         model, x = self.expectation.model, self.x
@@ -236,11 +246,58 @@ class HeldOutGuard:
         ]
         return float(values[0]), float(values[1])
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return {k: v.detach().clone() for k, v in self.expectation.model.named_parameters()}
+
+class _State(NamedTuple):
+    """All that a pass changes.
+
+    Slabs are averaged by their moments: a truncated normal far below zero and one above it can
+    be all but the same law, and the average of their parameters another one.
+    """
+
+    parameters: dict[str, Tensor]
+    slab_moments: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, model: SparseDictionary) -> _State:
+        parameters = {k: v.detach().clone() for k, v in model.named_parameters()}
+        return cls(parameters, _slab_moments(model))
+
+    def toward(self, other: _State, share: Float[Tensor, " d_sae"], slab_share: float) -> _State:
+        parameters = {
+            k: _lerp(k, v, other.parameters[k], share) for k, v in self.parameters.items()
+        }
+        if self.slab_moments is None or other.slab_moments is None:
+            return _State(parameters, None)
+        mean, energy = (
+            torch.lerp(a, b, slab_share)
+            for a, b in zip(self.slab_moments, other.slab_moments, strict=True)
+        )
+        return _State(parameters, (mean, energy))
 
     @torch.no_grad()
-    def _set(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.expectation.model.named_parameters():
-            parameter.copy_(values[name])
-        self.expectation.model.normalize_()
+    def restore_(self, model: SparseDictionary) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.parameters[name])
+        prior = learned_spike_slab(model)
+        if prior is not None and self.slab_moments is not None:
+            prior.set_moments_(*self.slab_moments)
+        model.normalize_()
+
+
+@torch.no_grad()
+def _slab_moments(model: SparseDictionary) -> tuple[Tensor, Tensor] | None:
+    """Return E z and E z^2 of active codes; None where the prior has no slab."""
+    prior = learned_spike_slab(model)
+    if prior is None:
+        return None
+    slab = prior().slab
+    mean = slab.mean.double()
+    return mean, slab.variance.double() + mean.square()
+
+
+def _lerp(name: str, old: Tensor, new: Tensor, share: Float[Tensor, " d_sae"]) -> Tensor:
+    """Go from `old` to `new` by each feature's share, or by their mean where there are none."""
+    share = share.to(old.dtype)
+    if name.rpartition(".")[2] == "W_dec":
+        return torch.lerp(old, new, share[:, None])
+    return torch.lerp(old, new, share if old.shape[-1:] == share.shape else share.mean())

@@ -18,7 +18,7 @@ def problem(n_tokens=200, d_sae=7, d_in=5):
 
 def summed(directions, codes, variance, x, block_size=None):
     statistics = DictionaryStatistics(directions, block_size)
-    statistics.add(codes, variance.sum(0), x)
+    statistics.add(codes, variance, x)
     return statistics
 
 
@@ -107,3 +107,34 @@ def test_fading_halves_what_was_seen():
     energy = statistics.energy.clone()
     statistics.fade(0.5)
     torch.testing.assert_close(statistics.energy, energy / 2)
+
+
+def test_halves_of_the_tokens_agree_on_the_error_of_the_dictionary_alone():
+    """With codes known, their agreement over the step's square is each feature's f / (f + v)."""
+    d_in, noise_scale = 200, 0.3
+    rate = torch.tensor([0.5, 0.1]).repeat_interleave(20)
+    truth = torch.nn.functional.normalize(torch.randn(40, d_in), dim=1)
+    codes = torch.rand(4_000, 40) * (torch.rand(4_000, 40) < rate)
+    x = codes @ truth + noise_scale * torch.randn(4_000, d_in)
+    fit_error = torch.tensor([0.03, 0.01]).repeat(20)
+    statistics = DictionaryStatistics(truth + fit_error[:, None] * torch.randn(40, d_in))
+    for part in range(0, 4_000, 1_000):
+        statistics.add(codes[part : part + 1_000], torch.zeros(1_000, 40), x[part : part + 1_000])
+    rows = statistics.solve(torch.zeros(40))
+    agreed, moved = statistics.halves_agree(rows)
+    variance = noise_scale**2 * rows.relative_variance
+    expected = fit_error.double() ** 2 / (fit_error.double() ** 2 + variance)
+    for group in (slice(0, 20, 2), slice(1, 20, 2), slice(20, 40, 2), slice(21, 40, 2)):
+        found = agreed[group].sum() / moved[group].sum()
+        # 2,000 numbers: a standard error of some 2%.
+        assert abs(found - expected[group].mean()) < 0.1
+    assert 0.1 < expected.min() < 0.2 < 0.8 < expected.max()
+
+
+def test_halves_of_the_tokens_make_the_whole_step():
+    codes, variance, x, directions = problem()
+    statistics = summed(directions, codes, variance, x)
+    rows = statistics.solve(torch.ones(7))
+    _, moved = statistics.halves_agree(rows)
+    expected = (rows.mean - statistics.directions).square().sum(1) / rows.relative_variance
+    torch.testing.assert_close(moved, expected)

@@ -9,6 +9,8 @@ import torch
 
 import probsae as ps
 from probsae.inference import elbo_terms
+from probsae.inference.variational_em import _State
+from probsae.models.code_priors import learned_spike_slab
 
 N_FEATURES = 48
 
@@ -72,6 +74,38 @@ def test_direction_variance_is_the_distance_from_the_truth(problem, n_tokens):
     # 1 - cosine is a sum of 31 squares: its median over 48 features is known to some 6%. What the
     # fit had seen besides these tokens comes on top.
     assert 0.7 < float(ratio[is_found].median()) < 1.3
+
+
+def test_a_dictionary_as_wide_as_the_activations_is_weighed_by_its_features():
+    # Rows and columns are as many there: each feature's share is for its row.
+    data = ps.SyntheticActivations(24, 24, 2, decay=0.8, noise_scale=0.05, seed=0)
+    model = ps.SpikeSlabDictionary(24, 24)
+    ps.fit(model, data, n_steps=300, batch_size=256, compile=False)
+    before = ps.metrics.mmcs(data.features, model.dictionary())
+    posterior = ps.polish(model, data, n_tokens=8_000, batch_size=2_000)
+    after = ps.metrics.mmcs(data.features, model.dictionary())
+    torch.testing.assert_close(posterior.mean.float(), model.dictionary())
+    assert posterior.held_out_elbo[1][1] > posterior.held_out_elbo[0][1]
+    assert after > before + 0.005
+
+
+def test_slabs_are_averaged_by_their_moments():
+    """Of two laws with near moments and far parameters, what lies between is near both."""
+    model = ps.SpikeSlabDictionary(4, 3)
+    prior = learned_spike_slab(model)
+    with torch.no_grad():
+        prior.slab_mean.fill_(-3.0)
+        prior.log_slab_scale.fill_(0.2)
+        fitted = _State.of(model)
+        prior.slab_mean.fill_(0.05)
+        prior.log_slab_scale.fill_(-0.7)
+        passed = _State.of(model)
+        fitted.toward(passed, torch.ones(3), 0.5).restore_(model)
+        slab = prior().slab
+        assert fitted.slab_moments is not None
+        assert passed.slab_moments is not None
+        expected = (fitted.slab_moments[0] + passed.slab_moments[0]) / 2
+    torch.testing.assert_close(slab.mean.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_it_tells_features_from_surplus(problem):
