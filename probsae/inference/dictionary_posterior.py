@@ -25,7 +25,8 @@ class DictionaryPosterior:
     r"""q(W) q(rates) q(1 / noise variance), given a data set's codes.
 
     Rows of the dictionary are normal, with one covariance over features, and alike in every
-    dimension: W ~ MatrixNormal(mean, C, I).
+    dimension: W ~ MatrixNormal(mean, C, I). C is that given the codes, scaled feature by feature to
+    the variance that the data show (`polish`).
 
     Attributes
     ----------

@@ -38,6 +38,7 @@ class DictionaryStatistics:
         n_blocks = -(-d_sae // self.block_size)
         self.directions = directions.double().clone()
         self.half_gradients = self.directions.new_zeros(2, *self.directions.shape)
+        self._next_half = 0
         self.second_moment = self.directions.new_zeros(n_blocks, self.block_size, self.block_size)
 
     def add(
@@ -51,10 +52,12 @@ class DictionaryStatistics:
         Returns their squared error under D, |x - b - E z D|^2 summed.
         """
         residual = x_centered - code_mean @ self.directions.to(code_mean.dtype)
-        for half, gradient in enumerate(self.half_gradients):
-            spread = code_variance[half::2].sum(0).double()
-            gradient += (code_mean[half::2].T @ residual[half::2]).double()
+        for first in (0, 1):
+            gradient = self.half_gradients[self._next_half ^ first]
+            spread = code_variance[first::2].sum(0).double()
+            gradient += (code_mean[first::2].T @ residual[first::2]).double()
             gradient -= spread[:, None] * self.directions
+        self._next_half ^= len(code_mean) % 2
         codes = self._by_block(code_mean.T)
         self.second_moment += (codes @ codes.mT).double()
         self.second_moment.diagonal(dim1=1, dim2=2).add_(
@@ -106,13 +109,14 @@ class DictionaryStatistics:
     def halves_agree(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Compare the steps from D that the tokens' two halves ask for.
 
-        Returns per feature their inner product and |rows.mean - D|^2, in units of the rows'
-        variance. Their errors are independent: only what both say of D's error is in the product.
+        Returns per feature their inner product, and the square of half their difference, in units
+        of the rows' relative variance. The halves' errors are independent: what both say is D's
+        error, and in what they differ there is as much chance as in their mean.
         """
-        steps = [2 * self._solve(half, rows.cholesky) for half in self.half_gradients]
+        first, second = (2 * self._solve(half, rows.cholesky) for half in self.half_gradients)
         variance = rows.relative_variance
-        step = (steps[0] + steps[1]) / 2
-        return (steps[0] * steps[1]).sum(1) / variance, step.square().sum(1) / variance
+        differ = (first - second).square().sum(1) / 4
+        return (first * second).sum(1) / variance, differ / variance
 
     def _solve(self, gradient: Tensor, cholesky: Tensor) -> Tensor:
         return self._flat(torch.cholesky_solve(self._by_block(gradient), cholesky))
@@ -152,6 +156,10 @@ class Rows(NamedTuple):
         """Return rows divided by `norms`."""
         by_block = split_blocks(norms, self.cholesky.shape[-1], padding=1.0)
         return Rows(self.mean / norms[:, None], by_block[:, :, None] * self.cholesky)
+
+    def spread(self, factor: Float[Tensor, " d_sae"]) -> Rows:
+        """Return the same rows with `factor` times the variance."""
+        return self.scaled(factor.rsqrt())._replace(mean=self.mean)
 
     def deviation(self, noise: Float[Tensor, "*draw d_sae d_in"]) -> Tensor:
         """Turn standard normal numbers into deviations from the mean, units of the noise scale."""

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, batches, check_activations, size_of
 from probsae.inference.dictionary_posterior import DictionaryPosterior
-from probsae.inference.variational_em import Expectation, HeldOutGuard, Sums, maximize
+from probsae.inference.variational_em import Expectation, HeldOutGuard, Probe, Sums, maximize
 from probsae.models.base import SparseDictionary
 
 # Tokens of a pass over data without a size.
@@ -96,11 +96,19 @@ def polish(
 
     Notes
     -----
+    Codes are inferred under the dictionary D at hand, so (S + P)^-1 (T + P D) stays behind the
+    optimum of EM run to its end. A pass goes on to that, D + step / o, with o the share of the
+    information that is observed (Dempster, Laird and Rubin, 1977), found on the held-out batch.
+    How uncertain the optimum is, is told by how far two halves of the tokens differ on it, and not
+    by the noise variance: the matrix normal's rows are scaled to that (Huber's sandwich). So it
+    is right for a wrong noise scale too, one at its floor for example.
+
     The fit, which had tokens of its own, is an estimate of the dictionary too. Each feature goes
-    the share f / (f + v) of the way from the fit to the pass, where v is the variance of q(W) above
-    and f the fit's, and q(W) then has share times v. f is what two halves of the pass's tokens say
-    alike of the step from the fit. The share is no less than that of the pass's tokens in the data,
-    where these have a size: the fit had no others.
+    the share f / (f + v) of the way from the fit to the optimum, where v is that one's variance
+    and f the fit's, and q(W) then has share times v. f is what the two halves say alike of the
+    step from the fit. The share is no less than that of the pass's tokens in the data, where
+    these have a size: the fit had no others. With a forgetting rate batches are taken whole, and
+    q(W) is that above.
 
     The ELBO of the held-out batch never falls, neither with the encoder's posterior nor with the
     refined one: a pass that would lower it is taken half as far, and so on; `held_out_elbo` says
@@ -150,7 +158,7 @@ def polish(
         if not sums.n_tokens:
             raise ValueError("data must hold more than one batch: the first is held out")
         if not forgetting_rate:
-            maximum = maximize(model, sums)
+            maximum = maximize(model, sums, Probe(expectation, held_out))
         assert maximum is not None
         if share is None:  # later passes see the same tokens from a better start
             share = maximum.fit_error.clamp(least_share, 1)
@@ -158,7 +166,7 @@ def polish(
     assert guard is not None
     assert maximum is not None
     assert share is not None
-    rows = maximum.posterior.rows.scaled(share.rsqrt())._replace(mean=model.dictionary().double())
+    rows = maximum.posterior.rows._replace(mean=model.dictionary().double()).spread(share)
     return replace(maximum.posterior, rows=rows, held_out_elbo=guard.history)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,14 +15,13 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.dictionary_statistics import DictionaryStatistics, Rows
 from probsae.inference.elbo import elbo_terms, require_linear_decoder
 from probsae.inference.refine import code_law, refine
+from probsae.inference.step_errors import StepErrors, observed_information
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import learned_spike_slab
 
 # How often a pass that lowers the held-out ELBO is halved before it is given up.
 _N_HALVINGS = 4
-# Entries of rows that a share is found from: its standard error is some 2%.
-_N_ENTRIES = 8_192
 
 
 class Expectation:
@@ -96,22 +94,20 @@ class Sums:
 
 
 class Maximum(NamedTuple):
-    """The optimum of everything but the codes, and how far to go for it.
-
-    `fit_error` is f / (f + v) of each feature, with f the variance of the direction that the sums
-    refer to, the fit's, and v the optimum's: the best of both is this share of the way between.
-    """
+    """The optimum of everything but the codes, and how far to go for it."""
 
     posterior: DictionaryPosterior
     fit_error: Float[Tensor, " d_sae"]
 
 
 @torch.no_grad()
-def maximize(model: SparseDictionary, sums: Sums) -> Maximum:
+def maximize(model: SparseDictionary, sums: Sums, probe: Probe | None = None) -> Maximum:
     """Set all of `model` but the codes' law to its optimum; return how certain that is.
 
-    A feature that the tokens do not show keeps its direction and slab: those of codes near zero,
-    which are probable by the thousand and fit noise, would take their place.
+    With a `probe` the dictionary goes on to where EM would end, with the errors that the tokens'
+    halves tell (`StepErrors`); without one, the rows' own are taken for true. A feature that the
+    tokens do not show keeps its direction and slab: those of codes near zero, which are probable
+    by the thousand and fit noise, would take their place.
     """
     sums.move()
     anchor = sums.prior_weight * active_energy(model).double()
@@ -119,10 +115,14 @@ def maximize(model: SparseDictionary, sums: Sums) -> Maximum:
     noise_precision = _noise_posterior(model, sums, rows, anchor)
     rate, log_odds = _feature_posteriors(model, sums, rows, noise_precision)
     is_shown = torch.ones_like(anchor, dtype=torch.bool) if log_odds is None else log_odds > 0
-    fit_error = _fit_error(sums, rows, is_shown)
+    variance = fit_error = torch.ones_like(anchor)
+    step = (rows.mean - sums.dictionary.directions) * is_shown[:, None]
+    if probe is not None:
+        fit_error, observed, variance = StepErrors.of(sums.dictionary, rows, is_shown, probe(step))
+        variance = variance * noise_precision.mean
+        step = step / observed[:, None]
+    rows = rows._replace(mean=sums.dictionary.directions + step)
     if log_odds is not None:
-        directions = sums.dictionary.directions
-        rows = rows._replace(mean=torch.where(is_shown[:, None], rows.mean, directions))
         _set_slabs(model, sums, is_shown)
     model.set_rows_(rows.mean.to(model.W_dec.dtype))
     norms = rows.mean.norm(dim=1)
@@ -134,30 +134,32 @@ def maximize(model: SparseDictionary, sums: Sums) -> Maximum:
     if model.learn_noise:
         model.log_noise_scale.copy_(-0.5 * noise_precision.mean.log())
     model.normalize_()
-    posterior = DictionaryPosterior(rows.scaled(norms), rate, noise_precision, log_odds, [])
-    return Maximum(posterior, fit_error)
+    rows = rows.scaled(norms).spread(variance)
+    return Maximum(DictionaryPosterior(rows, rate, noise_precision, log_odds, []), fit_error)
 
 
-def _fit_error(sums: Sums, rows: Rows, is_shown: Bool[Tensor, " d_sae"]) -> Tensor:
-    """Return f / (f + v) of each feature, from how far the tokens' halves agree on its step.
+class Probe:
+    """Asks some tokens how much of the information on a step of the dictionary they hold."""
 
-    It varies smoothly with a feature's energy, and is found over features of near energies; those
-    that the tokens do not show are given that of the least that they do.
-    """
-    order = sums.dictionary.energy.argsort(descending=True)
-    order = order[is_shown[order]]
-    n, reach = len(order), math.ceil(_N_ENTRIES / rows.mean.shape[1]) // 2
-    if n == 0:
-        return torch.zeros_like(sums.dictionary.energy)
-    place = torch.arange(n, device=order.device)
-    start, end = (place - reach).clamp(min=0), (place + reach + 1).clamp(max=n)
-    agreed, moved = (
-        F.pad(total[order].cumsum(0), (1, 0)) for total in sums.dictionary.halves_agree(rows)
-    )
-    share = (agreed[end] - agreed[start]) / (moved[end] - moved[start]).clamp(min=1e-300)
-    fit_error = share[-1].expand(len(is_shown)).clone()
-    fit_error[order] = share
-    return fit_error
+    def __init__(self, expectation: Expectation, x: Float[Tensor, "token d_in"]):
+        self.expectation, self.x = expectation, x
+
+    def __call__(self, step: Float[Tensor, "d_sae d_in"]) -> tuple[Tensor, Tensor]:
+        """Return `observed_information` along a step from the model's dictionary."""
+        model = self.expectation.model
+        before = self._codes()
+        kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+        directions = model.dictionary().clone()
+        model.set_rows_(F.normalize(directions + step.to(directions.dtype), dim=1))
+        after = self._codes()
+        taken = model.dictionary() - directions
+        for name, parameter in model.named_parameters():
+            parameter.copy_(kept[name])
+        return observed_information(before, after, self.x - model.b_dec, directions, taken)
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        q = self.expectation(self.x)
+        return q.mean, q.variance
 
 
 def active_energy(model: SparseDictionary) -> Float[Tensor, " d_sae"]:

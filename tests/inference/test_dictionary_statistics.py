@@ -121,13 +121,15 @@ def test_halves_of_the_tokens_agree_on_the_error_of_the_dictionary_alone():
     for part in range(0, 4_000, 1_000):
         statistics.add(codes[part : part + 1_000], torch.zeros(1_000, 40), x[part : part + 1_000])
     rows = statistics.solve(torch.zeros(40))
-    agreed, moved = statistics.halves_agree(rows)
+    agreed, differ = statistics.halves_agree(rows)
     variance = noise_scale**2 * rows.relative_variance
     expected = fit_error.double() ** 2 / (fit_error.double() ** 2 + variance)
     for group in (slice(0, 20, 2), slice(1, 20, 2), slice(20, 40, 2), slice(21, 40, 2)):
-        found = agreed[group].sum() / moved[group].sum()
+        found = agreed[group].sum() / (agreed + differ)[group].sum()
         # 2,000 numbers: a standard error of some 2%.
         assert abs(found - expected[group].mean()) < 0.1
+        own = differ[group].mean() / d_in / noise_scale**2
+        assert own == pytest.approx(1, abs=0.15)
     assert 0.1 < expected.min() < 0.2 < 0.8 < expected.max()
 
 
@@ -135,6 +137,15 @@ def test_halves_of_the_tokens_make_the_whole_step():
     codes, variance, x, directions = problem()
     statistics = summed(directions, codes, variance, x)
     rows = statistics.solve(torch.ones(7))
-    _, moved = statistics.halves_agree(rows)
+    agreed, differ = statistics.halves_agree(rows)
     expected = (rows.mean - statistics.directions).square().sum(1) / rows.relative_variance
-    torch.testing.assert_close(moved, expected)
+    torch.testing.assert_close(agreed + differ, expected)
+
+
+def test_halves_go_on_from_batch_to_batch():
+    codes, variance, x, directions = problem(n_tokens=9)
+    whole = summed(directions, codes, variance, x)
+    parts = DictionaryStatistics(directions)
+    for part in (slice(0, 3), slice(3, 4), slice(4, 9)):
+        parts.add(codes[part], variance[part], x[part])
+    torch.testing.assert_close(parts.half_gradients, whole.half_gradients, rtol=1e-5, atol=1e-5)
