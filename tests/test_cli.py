@@ -12,6 +12,7 @@ from probsae.activations import ActivationStore, StoreWriter
 from probsae.cli import main
 from probsae.compare import ALL
 from probsae.models import save
+from probsae.report import markdown
 from tests.lm.tiny import tiny_language_model
 
 
@@ -36,7 +37,8 @@ def store(tmp_path):
     return tmp_path / "store"
 
 
-def test_compare_writes_report_posterior_and_plots(tmp_path, capsys):
+def test_compare_writes_report_posterior_and_plots(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(markdown, "_N_TSNE", 200)
     run(
         "compare", "--out", tmp_path / "run", "--n-steps", 3, "--d-sae", 24, "--d-in", 12,
         "--n-features", 40, "--n-active", 2, "--correlation", "copula",

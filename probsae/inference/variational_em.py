@@ -118,7 +118,10 @@ def maximize(model: SparseDictionary, sums: Sums, probe: Probe | None = None) ->
     variance = fit_error = torch.ones_like(anchor)
     step = (rows.mean - sums.dictionary.directions) * is_shown[:, None]
     if probe is not None:
-        fit_error, observed, variance = StepErrors.of(sums.dictionary, rows, is_shown, probe(step))
+        scale = (rows.relative_variance / noise_precision.mean).sqrt()
+        fit_error, observed, variance = StepErrors.of(
+            sums.dictionary, rows, is_shown, probe(scale * is_shown)
+        )
         variance = variance * noise_precision.mean
         step = step / observed[:, None]
     rows = rows._replace(mean=sums.dictionary.directions + step)
@@ -144,13 +147,16 @@ class Probe:
     def __init__(self, expectation: Expectation, x: Float[Tensor, "token d_in"]):
         self.expectation, self.x = expectation, x
 
-    def __call__(self, step: Float[Tensor, "d_sae d_in"]) -> tuple[Tensor, Tensor]:
-        """Return `observed_information` along a step from the model's dictionary."""
+    def __call__(self, scale: Float[Tensor, " d_sae"]) -> tuple[Tensor, Tensor]:
+        """Return `observed_information` along a random step of `scale` from the dictionary."""
         model = self.expectation.model
         before = self._codes()
         kept = {name: p.detach().clone() for name, p in model.named_parameters()}
         directions = model.dictionary().clone()
-        model.set_rows_(F.normalize(directions + step.to(directions.dtype), dim=1))
+        generator = torch.Generator().manual_seed(0)
+        step = torch.randn(directions.shape, generator=generator).to(directions)
+        step *= scale[:, None].to(directions)
+        model.set_rows_(F.normalize(directions + step, dim=1))
         after = self._codes()
         taken = model.dictionary() - directions
         for name, parameter in model.named_parameters():

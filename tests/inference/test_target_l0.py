@@ -15,7 +15,7 @@ def test_reaches_the_target_on_activations_without_a_true_one(target):
     torch.manual_seed(0)
     x = torch.randn(8_000, 16) * torch.linspace(2, 0.2, 16)
     model = ps.SpikeSlabDictionary(d_in=16, d_sae=24, learn_noise=False, noise_scale=0.7)
-    ps.fit(model, x[:6_000], n_steps=400, batch_size=256, callbacks=[TargetL0(target)])
+    ps.fit(model, x[:6_000], n_steps=250, batch_size=256, callbacks=[TargetL0(target)])
     row = ps.evaluate([model], x[6_000:]).rows[0]
     assert row.l0 == pytest.approx(target, rel=0.1)
     assert float(model.code_prior.rate.detach().sum()) == pytest.approx(target, rel=0.02)
