@@ -1,7 +1,7 @@
 """The seed study: a grid of L1 SAEs, classical methods, and the probabilistic answer."""
 
 from probsae.study.report import write_report
-from probsae.study.run import run_groups, run_study
+from probsae.study.run import GroupsFailedError, run_groups, run_study
 from probsae.study.scale import FULL, SMALL, Scale
 
-__all__ = ["FULL", "SMALL", "Scale", "run_groups", "run_study", "write_report"]
+__all__ = ["FULL", "SMALL", "GroupsFailedError", "Scale", "run_groups", "run_study", "write_report"]

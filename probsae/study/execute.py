@@ -6,14 +6,27 @@ import json
 import platform
 import subprocess
 import time
+import traceback
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from probsae.study.group import Files, Group
 
 PROVENANCE = "provenance.json"
+
+Outcome: TypeAlias = Files | str
+"""What a group left, or the traceback of what it raised: text passes between processes."""
+
+
+def try_to_execute(group: Group, device: str | None) -> Outcome:
+    """Return the files of `group`, or why there are none: one group's error is not another's."""
+    try:
+        return execute(group, device)
+    except Exception:
+        return traceback.format_exc()
 
 
 def execute(group: Group, device: str | None) -> Files:

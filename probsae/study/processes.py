@@ -12,8 +12,8 @@ import joblib
 import torch
 
 from probsae.activations.resources import available_memory
-from probsae.study.execute import execute
-from probsae.study.group import Files, Group
+from probsae.study.execute import Outcome, try_to_execute
+from probsae.study.group import Group
 
 # What a process takes that has torch loaded and fits a small study's largest group.
 _PROCESS_BYTES = 2**31
@@ -27,11 +27,8 @@ def processes_that_fit() -> int:
 
 def execute_in_processes(
     groups: Sequence[Group], device: str | None, n_processes: int
-) -> Iterator[tuple[Group, Files]]:
-    """Yield each group and its files as they come in.
-
-    A group that raises ends the others that run; what came in before stays.
-    """
+) -> Iterator[tuple[Group, Outcome]]:
+    """Yield each group and its outcome as they come in."""
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         parallel = joblib.Parallel(n_jobs=n_processes, return_as="generator_unordered")
         numbered: Any = parallel(
@@ -40,12 +37,12 @@ def execute_in_processes(
     with warnings.catch_warnings():
         # A process that has grown is ended after its group and another one started.
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
-        for i, files in numbered:
-            yield groups[i], files
+        for i, outcome in numbered:
+            yield groups[i], outcome
 
 
-def _execute(number: int, group: Group, device: str | None) -> tuple[int, Files]:
+def _execute(number: int, group: Group, device: str | None) -> tuple[int, Outcome]:
     torch.set_num_threads(1)
     # Bars of several processes would write over each other.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        return number, execute(group, device)
+        return number, try_to_execute(group, device)

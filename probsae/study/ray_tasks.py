@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from probsae.study.execute import execute
-from probsae.study.group import Files, Group
+from probsae.study.execute import Outcome, try_to_execute
+from probsae.study.group import Group
 
 # Times that a group is given to another worker after its own was lost.
 _MAX_RETRIES = 3
@@ -14,12 +14,11 @@ _MAX_RETRIES = 3
 
 def execute_on_ray(
     groups: Sequence[Group], device: str | None, address: str | None = None
-) -> Iterator[tuple[Group, Files]]:
-    """Yield each group and its files as they come in.
+) -> Iterator[tuple[Group, Outcome]]:
+    """Yield each group and its outcome as they come in.
 
     The files travel through Ray's object store, so that workers need no folder in common. A group
-    whose worker is lost is given to another one, which starts it anew; one that raises is not:
-    the others are waited for, then its error is raised.
+    whose worker is lost is given to another one, which starts it anew; one that raises is not.
 
     Parameters
     ----------
@@ -44,22 +43,18 @@ def execute_on_ray(
 
 def _in_order_of_completion(
     ray: Any, groups: Sequence[Group], device: str | None
-) -> Iterator[tuple[Group, Files]]:
+) -> Iterator[tuple[Group, Outcome]]:
     n_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    task = ray.remote(num_cpus=1, num_gpus=n_gpus, max_retries=_MAX_RETRIES)(execute)
+    task = ray.remote(num_cpus=1, num_gpus=n_gpus, max_retries=_MAX_RETRIES)(try_to_execute)
     pending = {task.remote(group, device): group for group in groups}
-    failure: Exception | None = None
     while pending:
         (done, *_), _ = ray.wait(list(pending))
         group = pending.pop(done)
         try:
-            files = ray.get(done)
+            outcome = ray.get(done)
         except ray.exceptions.RayError as error:
-            failure = failure or error
-            continue
-        yield group, files
-    if failure is not None:
-        raise failure
+            outcome = str(error)
+        yield group, outcome
 
 
 def _import_ray() -> Any:

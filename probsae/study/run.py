@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from probsae.study.execute import execute, is_cuda
+from probsae.study.execute import Outcome, is_cuda, try_to_execute
 from probsae.study.folder import StudyFolder
-from probsae.study.group import Files, Group
+from probsae.study.group import Group
 from probsae.study.plan import plan, summaries
 from probsae.study.processes import execute_in_processes, processes_that_fit
 from probsae.study.ray_tasks import execute_on_ray
@@ -64,6 +65,8 @@ def run_study(
         If `path` holds a study of another scale or seed.
     ModuleNotFoundError
         If Ray is asked for and not installed, or the report could not be drawn.
+    GroupsFailedError
+        If groups raised, once all others have run.
     """
     check_packages()
     folder = StudyFolder(Path(path), scale, seed)
@@ -92,22 +95,52 @@ def run_groups(
     if not missing:
         return
     if ray:
-        results: Iterable[tuple[Group, Files]] = execute_on_ray(missing, device, ray_address)
+        outcomes: Iterable[tuple[Group, Outcome]] = execute_on_ray(missing, device, ray_address)
     elif n_processes > 1:
-        results = execute_in_processes(missing, device, n_processes)
+        outcomes = execute_in_processes(missing, device, n_processes)
     else:
-        results = _execute_here(missing, device)
+        outcomes = _execute_here(missing, device)
     bar = tqdm(
         total=len(groups), initial=len(groups) - len(missing), unit="group",
         disable=None if progress is None else not progress,
     )  # fmt: skip
+    failures = {}
     with bar:
-        for group, files in results:
-            folder.write(group, files)
+        for group, outcome in outcomes:
+            if isinstance(outcome, str):
+                failures[group.name] = outcome
+                bar.write(f"{group.name} failed: {_last_line(outcome)}", file=sys.stderr)
+                continue
+            folder.write(group, outcome)
             bar.set_postfix_str(group.name)
             bar.update()
+    if failures:
+        raise GroupsFailedError(failures)
 
 
-def _execute_here(groups: Sequence[Group], device: str | None) -> Iterator[tuple[Group, Files]]:
+class GroupsFailedError(RuntimeError):
+    """Some groups of a study raised; the others are finished and kept.
+
+    Attributes
+    ----------
+    failures : dict of str to str
+        The traceback of each, by the group's name.
+    """
+
+    def __init__(self, failures: dict[str, str]):
+        self.failures = failures
+        reasons = "; ".join(f"{name}: {_last_line(text)}" for name, text in failures.items())
+        first = next(iter(failures.values()))
+        super().__init__(
+            f"{len(failures)} groups failed ({reasons}); what the others left is kept, and another "
+            f"run tries these again. The first said:\n\n{first}"
+        )
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def _execute_here(groups: Sequence[Group], device: str | None) -> Iterator[tuple[Group, Outcome]]:
     for group in groups:
-        yield group, execute(group, device)
+        yield group, try_to_execute(group, device)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from probsae.study import GroupsFailedError
 from probsae.study.classical import PCA, Classical
 from probsae.study.execute import PROVENANCE, execute
 from probsae.study.folder import StudyFolder
@@ -70,22 +71,35 @@ def test_processes_share_the_groups(folder, log):
 
 
 @pytest.mark.slow
-def test_a_process_that_raises_loses_nothing_that_came_in(folder, log):
-    groups = [Marked(1, log), Marked(2, log, is_broken=True)]
-    with pytest.raises(ValueError, match="group 2 is broken"):
+def test_what_raises_in_a_process_of_its_own_ends_no_other(folder, log):
+    groups = [Marked(n, log, is_broken=n == 2) for n in range(1, 6)]
+    with pytest.raises(GroupsFailedError, match="group 2 is broken"):
         run_groups(folder, groups, n_processes=2, progress=False)
-    assert names(folder) <= {"marked-1"}
+    assert names(folder) == {f"marked-{n}" for n in (1, 3, 4, 5)}
     run_groups(folder, [Marked(n, log) for n in (1, 2)], n_processes=2, progress=False)
-    assert names(folder) == {"marked-1", "marked-2"}
+    assert names(folder) == {f"marked-{n}" for n in range(1, 6)}
 
 
-def test_a_group_that_raises_leaves_nothing_and_those_before_it_stay(folder, log):
-    groups = [Marked(1, log), Marked(2, log, is_broken=True), Marked(3, log)]
-    with pytest.raises(ValueError, match="group 2 is broken"):
+def test_a_group_that_raises_leaves_nothing_and_the_others_go_on(folder, log, capsys):
+    groups = [Marked(n, log, is_broken=n in (2, 4)) for n in range(1, 6)]
+    with pytest.raises(GroupsFailedError, match="2 groups failed") as stop:
         run_groups(folder, groups, progress=False)
-    assert names(folder) == {"marked-1"}
-    run_groups(folder, [Marked(n, log) for n in (1, 2, 3)], progress=False)
-    assert [number for number, _ in starts(log)] == [1, 2, 2, 3]
+    assert list(stop.value.failures) == ["marked-2", "marked-4"]
+    assert "in run" in stop.value.failures["marked-4"]
+    assert "marked-2 failed: ValueError: group 2 is broken" in capsys.readouterr().err
+    assert names(folder) == {"marked-1", "marked-3", "marked-5"}
+    run_groups(folder, [Marked(n, log) for n in range(1, 6)], progress=False)
+    assert [number for number, _ in starts(log)] == [1, 2, 3, 4, 5, 2, 4]
+
+
+def test_an_interrupt_is_no_failure_of_a_group(folder, log):
+    class Interrupted(Marked):
+        def run(self, device):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_groups(folder, [Interrupted(1, log), Marked(2, log)], progress=False)
+    assert names(folder) == set()
 
 
 def test_an_error_while_writing_leaves_nothing(folder, log):
@@ -146,7 +160,7 @@ def test_ray_loses_nothing_and_runs_nothing_twice_when_a_worker_is_killed(folder
         assert (folder.groups / real.name / RESULT).read_bytes() == here
         run_groups(folder, groups, ray=True, progress=False)
         assert len(starts(log)) == len(started)
-        with pytest.raises(ValueError, match="group 6 is broken"):
+        with pytest.raises(GroupsFailedError, match="group 6 is broken"):
             run_groups(folder, [Marked(6, log, is_broken=True), Marked(7, log)], ray=True)
         assert "marked-7" in names(folder)
         assert "marked-6" not in names(folder)
