@@ -2,13 +2,14 @@
 
     python -m experiments.time_to_quality.run tune      # TopK and BatchTopK, on seed 100
     python -m experiments.time_to_quality.run compare   # fits of several lengths, seeds 0, 1, 2
+    python -m experiments.time_to_quality.run clock     # a step of each, in turns in one process
     python -m experiments.time_to_quality.run table     # README's table from the results
 
 The seed benchmark without noise. Each length is a fit of its own, with its learning rate down to
-zero at its end: a long fit's middle is worse than the end of a shorter one. A fit's time is its
-number of steps times the median step, in seconds of the one thread that it ran on, without the
-drawing of the data and the compiler. All fits of a command run one after the other in one
-process; finished ones are kept in results/ and not repeated.
+zero at its end: a long fit's middle is worse than the end of a shorter one. Quality does not depend
+on the machine's load, and fits may run side by side; finished ones are kept in results/ and not
+repeated. A fit's time is its number of steps times the median step of `clock`, in seconds of one
+thread, without the drawing of the data and the compiler: that is measured in turns.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from benchmarks.fit_overhead import commit
 from probsae.inference import Callback, FitState, NoiseFloorWarning
 
 RESULTS = Path(__file__).parent / "results"
+CLOCK = "clock.json"
 D_SAE, BATCH_SIZE = 768, 1_024
 SEEDS, TUNING_SEED, N_TUNING_STEPS = (0, 1, 2), 100, 1_000
 RIVALS = ("TopKSAE", "BatchTopKSAE")
@@ -41,6 +43,7 @@ OURS_STEPS = (500, 750, 1_000, 1_500, 2_000)
 POLISH_TOKENS, POLISHED_STEPS = 100_000, (500, 750, 1_000)
 MMCS_BAR, F1_BAR = 0.999, 0.93
 IS_COMPILED = True
+N_CLOCK_ROUNDS, N_CLOCK_STEPS = 3, 300
 
 
 class Clock(Callback):
@@ -60,9 +63,9 @@ class Clock(Callback):
         self.steps.append(time.thread_time() - self.began)
 
     @property
-    def seconds(self) -> float:
-        """Seconds of all steps, each at their median: the first ones hold the compiler."""
-        return len(self.steps) * statistics.median(self.steps)
+    def seconds_a_step(self) -> float:
+        """Median of all steps: the first ones hold the compiler."""
+        return statistics.median(self.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +89,18 @@ class Trial:
 
     def run(self) -> None:
         """Fit, evaluate and write the result."""
-        torch.manual_seed(self.seed)
         data = ps.SyntheticActivations(seed=self.seed)
+        model, _ = self.fit(data)
+        if self.n_polish:
+            ps.polish(model, data, n_tokens=self.n_polish, seed=self.seed, progress=False)
+        row = dataclasses.asdict(ps.evaluate([model], data, seed=self.seed + 1).rows[0])
+        cosine = ps.metrics.max_cosines(model.dictionary(), data.features)
+        row |= {"least_cosine": float(cosine.min())}
+        write(self.name, {"trial": dataclasses.asdict(self), "row": row})
+
+    def fit(self, data: ps.SyntheticActivations) -> tuple[Any, Clock]:
+        """Return the fitted model, and the clock that ran beside."""
+        torch.manual_seed(self.seed)
         model = getattr(ps, self.model)(d_in=256, d_sae=D_SAE, **self.options)
         clock = Clock(data)
         with warnings.catch_warnings():
@@ -97,22 +110,7 @@ class Trial:
                 learning_rate=self.learning_rate, seed=self.seed, callbacks=[clock],
                 compile=IS_COMPILED, progress=False,
             )  # fmt: skip
-        seconds = clock.seconds
-        if self.n_polish:
-            began = time.thread_time()
-            ps.polish(model, data, n_tokens=self.n_polish, seed=self.seed, progress=False)
-            seconds += time.thread_time() - began
-        row = dataclasses.asdict(ps.evaluate([model], data, seed=self.seed + 1).rows[0])
-        cosine = ps.metrics.max_cosines(model.dictionary(), data.features)
-        result = {
-            "trial": dataclasses.asdict(self),
-            "seconds": seconds,
-            "row": row | {"least_cosine": float(cosine.min())},
-            "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
-            "commit": commit(),
-        }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / self.name).write_text(json.dumps(result, indent=1))
+        return model, clock
 
     def result(self) -> dict[str, Any] | None:
         """Return what `run` wrote, if it did."""
@@ -158,6 +156,39 @@ def comparison_trials() -> list[Trial]:
     return trials
 
 
+def write(name: str, result: dict[str, Any]) -> None:
+    """Write a result with where it comes from."""
+    machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}"
+    RESULTS.mkdir(exist_ok=True)
+    result |= {"machine": machine, "commit": commit()}
+    (RESULTS / name).write_text(json.dumps(result, indent=1))
+
+
+def run_clock() -> None:
+    """Time a step of each method, and closed-form passes, in turns."""
+    trials = [
+        Trial(model, TUNING_SEED, N_CLOCK_STEPS, options, rate)
+        for model, (options, rate) in tuned().items()
+    ] + [Trial("SpikeSlabDictionary", TUNING_SEED, N_CLOCK_STEPS)]
+    data = ps.SyntheticActivations(seed=TUNING_SEED)
+    seconds: dict[str, list[float]] = {}
+    for _ in tqdm(range(N_CLOCK_ROUNDS), unit="round"):
+        for trial in trials:
+            model, clock = trial.fit(data)
+            seconds.setdefault(trial.model, []).append(clock.seconds_a_step)
+        x, _ = data.sample(POLISH_TOKENS)
+        began = time.thread_time()
+        ps.polish(model, x, progress=False)
+        seconds.setdefault("polish", []).append(time.thread_time() - began)
+    write(CLOCK, {"seconds": {name: statistics.median(all) for name, all in seconds.items()}})
+
+
+def seconds_of(trial: Trial) -> float:
+    """Return the time of a fit, from what `run_clock` found."""
+    seconds = json.loads((RESULTS / CLOCK).read_text())["seconds"]
+    return trial.n_steps * seconds[trial.model] + (seconds["polish"] if trial.n_polish else 0)
+
+
 def reaches(result: dict[str, Any]) -> bool:
     """Whether a fit is good enough."""
     return result["row"]["mmcs"] >= MMCS_BAR and result["row"]["f1"] >= F1_BAR
@@ -170,31 +201,34 @@ def table() -> str:
     for seed in SEEDS:
         done = [(t, t.result()) for t in comparison_trials() if t.seed == seed]
         results = [(trial, result) for trial, result in done if result is not None]
-        rivals = [r for t, r in results if t.model in RIVALS]
+        rivals = [(t, r) for t, r in results if t.model in RIVALS]
         if not rivals:
             continue
-        unit = max(rivals, key=lambda result: result["row"]["mmcs"])["seconds"]
+        unit = seconds_of(max(rivals, key=lambda rival: rival[1]["row"]["mmcs"])[0])
         for trial, result in results:
             row, steps = result["row"], f"{trial.n_steps:,}"
             steps += f" + polish ({trial.n_polish:,} tokens)" if trial.n_polish else ""
             settings = "".join(f", {key} {value}" for key, value in trial.options.items())
-            cells = [trial.model + settings, steps, f"{result['seconds'] / unit:.2f}"]
+            cells = [trial.model + settings, steps, f"{seconds_of(trial) / unit:.2f}"]
             cells += [f"{row['mmcs']:.5f}", f"{row['least_cosine']:.4f}", f"{row['f1']:.3f}"]
             cells += [f"{row['best_f1']:.3f}", f"{row['fvu']:.4f}"]
             lines.append(f"| {seed} | {' | '.join(cells)} |")
-        good = [r["seconds"] / unit for t, r in results if t.model not in RIVALS and reaches(r)]
+        good = [seconds_of(t) / unit for t, r in results if t.model not in RIVALS and reaches(r)]
         first = f"first at {min(good):.2f}" if good else "never"
         lines.append(f"| {seed} | MMCS {MMCS_BAR} and F1 {F1_BAR} | {first} | | | | | | |")
     return "\n".join(lines)
 
 
-def main(what: Literal["tune", "compare", "table"]) -> None:
+def main(what: Literal["tune", "compare", "clock", "table"]) -> None:
     """Run what is missing, and print the table."""
     torch.set_num_threads(1)
+    if what == "clock":
+        run_clock()
     trials = {"tune": tuning_trials, "compare": comparison_trials}.get(what, list)()
     for trial in tqdm([t for t in trials if t.result() is None], unit="fit"):
         trial.run()
-    print(table())
+    if (RESULTS / CLOCK).exists():
+        print(table())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The experiment runs, keeps what it has, and says who was first."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ def test_a_short_one(tmp_path, monkeypatch):
         "RESULTS": tmp_path, "D_SAE": 64, "N_TUNING_STEPS": 6, "RIVAL_STEPS": (6,),
         "OURS_STEPS": (8,), "POLISHED_STEPS": (8,), "POLISH_TOKENS": 2_048, "SEEDS": (0,),
         "MMCS_BAR": 0.0, "F1_BAR": 0.0, "IS_COMPILED": False,
+        "N_CLOCK_ROUNDS": 1, "N_CLOCK_STEPS": 4,
     }.items():  # fmt: skip
         monkeypatch.setattr(run, name, value)
     threads = torch.get_num_threads()
@@ -30,7 +33,11 @@ def test_a_short_one(tmp_path, monkeypatch):
     plain, polished = (trial.result() for trial in trials[2:])
     assert plain is not None
     assert polished is not None
-    assert 0 < plain["seconds"] < polished["seconds"]
+    run.run_clock()
+    assert 0 < run.seconds_of(trials[2]) < run.seconds_of(trials[3])
+    assert run.seconds_of(trials[2]) == pytest.approx(
+        8 * run.seconds_of(dataclasses.replace(trials[2], n_steps=1))
+    )
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     table = run.table()
     assert table.count("\n") == 1 + len(trials) + 1
