@@ -37,6 +37,8 @@ class FitState:
     seed: int
     step: int = 0
     """Steps done so far."""
+    n_tokens: int = 0
+    """Tokens they took."""
     is_warm: bool = False
     """Whether the KL weight has reached 1."""
     batch: Float[Tensor, "token d_in"] | None = None
@@ -122,7 +124,12 @@ def save_checkpoint(path: Path, state: FitState) -> None:
         tensors["cuda_rng"] = torch.cuda.get_rng_state(state.device)
     settings = {"n_steps": state.n_steps, "seed": state.seed, **state.settings}
     factors = [group["factor"] for group in state.optimizer.param_groups]
-    progress = {"step": state.step, "settings": settings, "factors": factors}
+    progress = {
+        "step": state.step,
+        "n_tokens": state.n_tokens,
+        "settings": settings,
+        "factors": factors,
+    }
     with atomic_write(path, CHECKPOINT_FILES) as folder:
         save_dictionary(state.model, folder)
         save_file(tensors, folder / "optimizer.safetensors")
@@ -191,4 +198,5 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
             if value.shape == parameter.shape:
                 # Fused Adam pairs elements by their place in memory: strides must agree.
                 values[name] = torch.empty_like(parameter).copy_(value)
-    state.step, state.history = saved["step"], saved["history"]
+    state.step, state.n_tokens = saved["step"], saved["n_tokens"]
+    state.history = saved["history"]

@@ -182,7 +182,6 @@ def fit(
         try:
             if resume is not None:
                 load_checkpoint(resume, state)
-                single.n_tokens = state.step * batch_size
             with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
                 run(single, stream, bar)
         except BaseException:
@@ -196,7 +195,7 @@ def fit(
             model.noise_factor.fill_(1.0)
             model.eval()
     warn_of_binding_floor(model)
-    return FitResult(model, state.history, state.step, single.n_tokens)
+    return FitResult(model, state.history, state.step, state.n_tokens)
 
 
 class _SingleFit(Fits):
@@ -213,7 +212,6 @@ class _SingleFit(Fits):
         self.state, self.take_gradient, self.schedule = state, step, schedule
         self.learning_rate, self.callbacks = learning_rate, callbacks
         self.n_steps, self.device = state.n_steps, state.device
-        self.n_tokens = 0
         self.kl_weight = torch.ones((), device=state.device)
         self.guard = FiniteGuard(state)
 
@@ -238,7 +236,7 @@ class _SingleFit(Fits):
     def advance(self, x: Tensor) -> None:
         self.state.batch = x
         self.state.objective = self.take_gradient(self.state.model, x, self.kl_weight)
-        self.n_tokens += len(x)
+        self.state.n_tokens += len(x)
         self.guard.watch()
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()

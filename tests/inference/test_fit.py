@@ -426,6 +426,26 @@ def test_a_killed_fit_resumes_to_the_same_model(source, tmp_path):
     torch.testing.assert_close(resumed.W_dec, whole.W_dec, rtol=1e-4, atol=1e-5)
 
 
+def test_a_resumed_fit_knows_how_many_tokens_it_had(source, tmp_path):
+    sizes = [20, 32, 7, 32, 5, 32, 32, 11]  # an iterator's batches are its own
+    batches = [source.sample(n)[0] for n in sizes]
+
+    class Stop(Exception):
+        pass
+
+    class StopAfter4(Callback):
+        def on_step(self, state):
+            if state.step == 4:
+                raise Stop
+
+    options = OPTIONS | {"n_steps": len(sizes)}
+    callbacks = [Checkpoint(tmp_path / "run", every=4), StopAfter4()]
+    with pytest.raises(Stop):
+        ps.fit(small_model(), iter(batches), callbacks=callbacks, **options)
+    result = ps.fit(small_model(), iter(batches), resume=tmp_path / "run", **options)
+    assert result.n_tokens == sum(sizes)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(source, tmp_path):
     ps.fit(small_model(), source, callbacks=[Checkpoint(tmp_path / "run", every=10)], **OPTIONS)
     with pytest.raises(ValueError, match="seed=0"):

@@ -59,7 +59,7 @@ class EnsembleFits(Fits):
             group.advance(x, x_is_finite)
         for _, _, member in self._running():
             member.state.batch = x
-            member.n_tokens += len(x)
+            member.state.n_tokens += len(x)
 
     def check(self) -> None:
         for group in self.groups:

@@ -25,8 +25,6 @@ class Member:
     callbacks: list[Callback]
     failure: str | None = None
     """Why it was stopped."""
-    n_tokens: int = 0
-    """Tokens seen."""
 
     def stop(self, step: int, failure: str) -> None:
         """Note that the member stands still since it took `step` steps."""

@@ -174,4 +174,4 @@ def _result(member: Member, setup: Setup) -> FitResult:
     state = member.state
     if member.failure is None:
         warn_of_binding_floor(state.model)
-    return FitResult(state.model, state.history, state.step, member.n_tokens, member.failure)
+    return FitResult(state.model, state.history, state.step, state.n_tokens, member.failure)
