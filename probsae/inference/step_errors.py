@@ -34,7 +34,7 @@ class StepErrors(NamedTuple):
     observed : Tensor, shape (d_sae,)
         o, in [.5, 1].
     variance : Tensor, shape (d_sae,)
-        Of W's entries, in units of the rows' relative variance.
+        Of W's entries, over what the rows and the noise variance say.
     """
 
     fit_error: Float[Tensor, " d_sae"]
@@ -47,6 +47,7 @@ class StepErrors(NamedTuple):
         statistics: DictionaryStatistics,
         rows: Rows,
         is_shown: Bool[Tensor, " d_sae"],
+        noise_variance: Tensor,
         information: tuple[Tensor, Tensor],
     ) -> StepErrors:
         """Find them over features of near energies.
@@ -69,7 +70,7 @@ class StepErrors(NamedTuple):
             [
                 agreed / (agreed + differ).clamp(min=1e-300),
                 observed,
-                (differ / n_entries / observed.square()).clamp(min=1e-12),
+                (differ / n_entries / noise_variance / observed.square()).clamp(min=1e-12),
             ]
         )
         of_all = found[:, -1:].repeat(1, len(is_shown))

@@ -118,11 +118,11 @@ def maximize(model: SparseDictionary, sums: Sums, probe: Probe | None = None) ->
     variance = fit_error = torch.ones_like(anchor)
     step = (rows.mean - sums.dictionary.directions) * is_shown[:, None]
     if probe is not None:
-        scale = (rows.relative_variance / noise_precision.mean).sqrt()
+        noise_variance = 1 / noise_precision.mean
+        information = probe((noise_variance * rows.relative_variance).sqrt() * is_shown)
         fit_error, observed, variance = StepErrors.of(
-            sums.dictionary, rows, is_shown, probe(scale * is_shown)
+            sums.dictionary, rows, is_shown, noise_variance, information
         )
-        variance = variance * noise_precision.mean
         step = step / observed[:, None]
     rows = rows._replace(mean=sums.dictionary.directions + step)
     if log_odds is not None:

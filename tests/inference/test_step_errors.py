@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 import probsae as ps
@@ -60,9 +61,12 @@ def test_features_are_given_figures_of_near_energies():
     rows = statistics.solve(torch.ones(1_200))
     is_shown = torch.arange(1_200) < 1_000
     information = (torch.linspace(1.0, 0.6, 1_200).double(), torch.ones(1_200).double())
-    errors = StepErrors.of(statistics, rows, is_shown, information)
+    noise = torch.tensor(0.01).double()
+    errors = StepErrors.of(statistics, rows, is_shown, noise, information)
     assert errors.observed[:100].mean() > 0.9
     assert 0.6 < errors.observed[900:1_000].mean() < 0.75
+    # The noise is .1, and with codes known the rows' own variance is true, but for o^2.
+    assert (errors.variance * errors.observed**2).mean().item() == pytest.approx(1, abs=0.1)
     last = statistics.energy[:1_000].argmin()
     for figure in errors:
         assert (figure[1_000:] == figure[last]).all()
@@ -72,6 +76,7 @@ def test_nothing_shown_leaves_the_rows_their_own_errors():
     statistics = Sums(ps.SpikeSlabDictionary(8, 4), 4, 1.0).dictionary
     zeros = torch.zeros(4).double()
     is_shown = torch.zeros(4, dtype=torch.bool)
-    errors = StepErrors.of(statistics, statistics.solve(torch.ones(4)), is_shown, (zeros, zeros))
+    rows = statistics.solve(torch.ones(4))
+    errors = StepErrors.of(statistics, rows, is_shown, zeros[0] + 1, (zeros, zeros))
     assert (errors.fit_error == 0).all()
     assert (errors.variance == 1).all()
