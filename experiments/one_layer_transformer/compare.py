@@ -46,7 +46,7 @@ def splitting(
     n_draws: int,
 ) -> dict[str, Any]:
     """Group the live features of the wide dictionary under those of the narrow one."""
-    alive = [usage(model, activations(network, token_ids))[1] for model in (narrow, wide)]
+    alive = [usage(model, activations(network, token_ids)).is_alive for model in (narrow, wide)]
     parents, children = (
         m.dictionary()[keep] for m, keep in zip((narrow, wide), alive, strict=True)
     )
@@ -117,7 +117,8 @@ def universality(
     posterior: DictionaryPosterior | None,
 ) -> dict[str, Any]:
     """Look for a dictionary's features in that of the other transformer, and among its neurons."""
-    rates, is_alive = usage(model, activations(networks[0], token_ids))
+    used = usage(model, activations(networks[0], token_ids))
+    rates, is_alive = used.rates, used.is_alive
     row: dict[str, Any] = {}
     found: Correspondence | None = None
     for name, codes in readings(model).items():

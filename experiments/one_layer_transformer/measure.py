@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -54,39 +55,58 @@ def measure(
     model: SparseDictionary, network: LanguageModel, token_ids: Tensor, n_draws: int
 ) -> dict[str, Any]:
     """Return what one dictionary's row holds."""
-    rates, is_alive = usage(model, activations(network, token_ids))
+    used = usage(model, activations(network, token_ids))
     x = torch.cat(list(activations(network, spread(token_ids, 4 * BATCH_CONTEXTS))))
     here = ps.evaluate([model], x).rows[0]
-    counts, edges = ps.metrics.density_histogram(rates, n_bins=N_BINS, lowest=1e-5)
+    counts, edges = ps.metrics.density_histogram(used.rates, n_bins=N_BINS, lowest=1e-5)
     return {
-        "l0": float(rates.sum()),
-        "alive": int(is_alive.sum()),
+        "l0": used.l0,
+        "alive": int(used.is_alive.sum()),
         "fvu": here.fvu,
         "elbo": here.elbo,
         "density": {"counts": counts.tolist(), "log10_rate": edges.tolist()},
         **fidelity(model, network, token_ids, n_draws),
         "neurons": {
-            name: summary(against(network, token_ids, codes, lambda x: x), is_alive)
+            name: summary(against(network, token_ids, codes, lambda x: x), used.is_alive)
             for name, codes in {
                 **readings(model),
-                "random directions": random_directions(x, rates),
+                "random directions": random_directions(x, used.rates),
             }.items()
         },
     }
 
 
-def usage(
-    model: SparseDictionary, batches: Iterator[Tensor]
-) -> tuple[Float[Tensor, " d_sae"], Bool[Tensor, " d_sae"]]:
-    """Return firing rates, and which features are more likely active than not somewhere."""
-    total, n_tokens = torch.zeros(model.d_sae, dtype=torch.float64), 0
+@dataclass(frozen=True)
+class Usage:
+    """How often a dictionary's features are active."""
+
+    p_sum: Float[Tensor, " d_sae"]
+    """Sum of p_active over tokens: whole numbers, and so exact, where codes are points."""
+    n_tokens: int
+    is_alive: Bool[Tensor, " d_sae"]
+    """Which features are more likely active than not somewhere."""
+
+    @property
+    def rates(self) -> Float[Tensor, " d_sae"]:
+        """Share of the tokens on which each feature is active."""
+        return self.p_sum / self.n_tokens
+
+    @property
+    def l0(self) -> float:
+        """Expected number of active features a token."""
+        return float(self.p_sum.sum()) / self.n_tokens
+
+
+def usage(model: SparseDictionary, batches: Iterator[Tensor]) -> Usage:
+    """Count active features over all tokens."""
+    p_sum, n_tokens = torch.zeros(model.d_sae, dtype=torch.float64), 0
     is_alive = torch.zeros(model.d_sae, dtype=torch.bool)
     for x in batches:
         p_active = model.encode(x).p_active.cpu()
-        total += p_active.double().sum(0)
+        p_sum += p_active.double().sum(0)
         is_alive |= ps.metrics.alive_features(p_active)
         n_tokens += len(x)
-    return total / n_tokens, is_alive
+    return Usage(p_sum, n_tokens, is_alive)
 
 
 def fidelity(

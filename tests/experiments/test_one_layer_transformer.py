@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+import probsae as ps
 from experiments import language_models
 from experiments.language_models import contexts_of, train_
 from experiments.one_layer_transformer.fits import Plan, again, of_other, plans
-from experiments.one_layer_transformer.measure import N_BINS, random_directions, summary
+from experiments.one_layer_transformer.measure import N_BINS, random_directions, summary, usage
 from experiments.one_layer_transformer.model import HOOK, tokenizer
 from experiments.one_layer_transformer.run import Run, Settings, main
 from experiments.one_layer_transformer.texts import contexts, python_code, split_text, texts
@@ -49,6 +50,17 @@ def test_python_code_is_so_long_and_stays(tmp_path):
     assert file.read_text(encoding="utf-8") == text
     with pytest.raises(ValueError, match="at most"):
         python_code(tmp_path / "more.txt", 10**12)
+
+
+def test_usage_counts_what_is_active_exactly():
+    torch.manual_seed(0)
+    sae = ps.TopKSAE(d_in=16, d_sae=48, k=6)
+    x = torch.randn(150, 16)
+    codes = sae.encode(x).mean
+    used = usage(sae, iter(x.split(64)))
+    assert used.l0 == float((codes != 0).sum()) / 150
+    assert used.rates.tolist() == ((codes != 0).double().sum(0) / 150).tolist()
+    assert used.is_alive.tolist() == (codes != 0).any(0).tolist()
 
 
 def tiny_network() -> GPTNeoXForCausalLM:
