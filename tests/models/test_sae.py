@@ -85,6 +85,24 @@ def test_topk_dead_features_learn_from_the_auxiliary_loss():
     assert float(gradient) > float(model.W_enc.grad[:, 5].norm())
 
 
+def test_topk_auxiliary_error_is_relative_to_what_is_unexplained():
+    model = fresh(ps.TopKSAE, k=2, k_auxiliary=3, auxiliary_coefficient=0.25).eval()
+    dead = torch.tensor([0, 3, 4, 7, 9])
+    model.tokens_since_fired[dead] = 1e9  # and stay so: it is not training
+    h = (X - model.b_dec) @ model.W_enc + model.b_enc
+    residual = X - model.decode(model.codes(h))
+    candidates = torch.zeros_like(h)  # five are dead: enough for three a token
+    candidates[:, dead] = torch.relu(h[:, dead])
+    kept = candidates * (candidates >= candidates.topk(3, dim=1).values[:, -1:])
+    error = (residual - kept @ F.normalize(model.W_dec, dim=1)).square().sum(1)
+    fvu = residual.square().sum() / (X - X.mean(0)).square().sum()
+    by_hand = 0.25 * error / fvu.detach().clamp(max=1)
+    auxiliary = model.auxiliary_loss(X, model.posterior(X), 1.0)
+    torch.testing.assert_close(auxiliary, by_hand, rtol=1e-4, atol=1e-5)
+    # Tokens that are all alike: nothing to explain, and a loss still.
+    assert model.auxiliary_loss(X[:1], model.posterior(X[:1]), 1.0).isfinite().all()
+
+
 def test_batch_topk_keeps_k_times_batch_in_training_and_the_threshold_later():
     model = fresh(ps.BatchTopKSAE, k=3).train()
     counts = []

@@ -12,12 +12,17 @@ from probsae.models.code_posterior import CodePosterior
 from probsae.models.sae.base import KeepingSAE, KeptCodes, check_k
 from probsae.models.sae.kept import Support
 
+# The auxiliary loss counts for at most 1,000 times its coefficient.
+_LEAST_UNEXPLAINED = 1e-3
+
 
 class TopKSAE(KeepingSAE):
     r"""z keeps the k largest of ReLU((x - b_dec) W_enc + b_enc) of each token.
 
     Features that have not fired for a while are trained by the auxiliary loss: the `k_auxiliary`
-    largest pre-activations among them reconstruct what the main codes left over.
+    largest pre-activations among them reconstruct what the main codes left over. Its squared error
+    is divided by the batch's fraction of variance unexplained: with it as it is, dead features
+    would learn more slowly the better the alive ones are.
 
     Parameters
     ----------
@@ -26,7 +31,8 @@ class TopKSAE(KeepingSAE):
     k : int, default 32 (or d_sae, if that is less)
         Features kept a token.
     auxiliary_coefficient : float, default 1/32
-        Weight of the auxiliary squared error; 0 leaves it out.
+        Weight of the auxiliary squared error over the fraction of variance unexplained; 0 leaves
+        it out.
     k_auxiliary : int, optional
         Dead features that take part a token; d_in / 2 where None, at most d_sae / 2.
     dead_after_tokens : int, default 100,000
@@ -34,7 +40,8 @@ class TopKSAE(KeepingSAE):
 
     Notes
     -----
-    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", sections 2.3 and A.2.
+    Source: Gao et al. (2024), "Scaling and evaluating sparse autoencoders", sections 2.3 and A.2;
+    both of its losses are relative, to the variance of what they reconstruct.
 
     Examples
     --------
@@ -103,7 +110,7 @@ class TopKSAE(KeepingSAE):
             self._count((z.detach() > 0).any(0), len(z))
         if self.auxiliary_coefficient == 0:
             return None
-        return self._dead_loss(x - self.decode(z), pre_activation)
+        return self._dead_loss(x, x - self.decode(z), pre_activation)
 
     def kept_auxiliary(
         self,
@@ -115,7 +122,7 @@ class TopKSAE(KeepingSAE):
             self._count(codes.support.sum_by_feature(codes.values.detach()) > 0, len(x))
         if self.auxiliary_coefficient == 0 or not bool(self.is_dead.any()):
             return None
-        return self._dead_loss(residual, codes.pre_activation)
+        return self._dead_loss(x, residual, codes.pre_activation)
 
     @property
     def is_dead(self) -> Bool[Tensor, " d_sae"]:
@@ -123,15 +130,22 @@ class TopKSAE(KeepingSAE):
         return self.tokens_since_fired >= self.dead_after_tokens
 
     def _dead_loss(
-        self, residual: Float[Tensor, "token d_in"], pre_activation: Float[Tensor, "token d_sae"]
+        self,
+        x: Float[Tensor, "token d_in"],
+        residual: Float[Tensor, "token d_in"],
+        pre_activation: Float[Tensor, "token d_sae"],
     ) -> Float[Tensor, " token"]:
+        residual = residual.detach()
         candidates = torch.relu(pre_activation) * self.is_dead
         kept = _keep_largest(candidates, self.k_auxiliary, self.k_auxiliary)
         reconstruction = self.product(kept, self.directions)
         # With few dead features the auxiliary codes cannot explain much: their error counts less.
         share = (self.is_dead.sum() / self.k_auxiliary).clamp(max=1)
-        error = (residual.detach() - reconstruction).square().sum(-1)
-        return self.auxiliary_coefficient * share * error
+        error = (residual - reconstruction).square().sum(-1)
+        unexplained = residual.square().sum() / (x - x.mean(0)).square().sum()
+        # Tokens that are all alike, or all but explained, leave nothing to divide by.
+        unexplained = unexplained.nan_to_num(1.0).clamp(_LEAST_UNEXPLAINED, 1.0)
+        return self.auxiliary_coefficient * share * error / unexplained
 
     @torch.no_grad()
     def _count(self, has_fired: Bool[Tensor, " d_sae"], n_tokens: int) -> None:
