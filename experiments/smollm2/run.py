@@ -181,8 +181,12 @@ def main(
     n_contexts: int = 32,
     context_length: int = 128,
     seed: int = 0,
+    only: tuple[str, ...] = (),
 ) -> None:
-    """Harvest, fit, measure, print; everything finished is kept under `out`."""
+    """Harvest, fit, measure, print; everything finished is kept under `out`.
+
+    With `only`, names of rows, such as "SpikeSlab l0=64", no others are made.
+    """
     language_model = load_language_model(model or smollm2_path())
     hooks = {
         "residual": f"model.layers.{layer}",
@@ -210,11 +214,13 @@ def main(
     }  # fmt: skip
     # A lone code is pulled down by half the coefficient: a tenth of a typical code's size.
     todo = {plan.name: plan for plan in plans(frontier, rates, l1=2 * scale)}
+    if unknown := set(only) - set(todo):
+        raise ValueError(f"no rows {sorted(unknown)}; there are {', '.join(todo)}")
     wishes = {name: common | dataclasses.asdict(plan) for name, plan in todo.items()}
     rows = read_rows(results_file, wishes)
     splicer = None
     for name, plan in todo.items():
-        if name not in rows:
+        if name not in rows and (not only or name in only):
             dictionary = fit_plan(plan, train, d_sae, n_steps, batch_size, seed)
             if plan.is_spliced and splicer is None:
                 splicer = Splicer(language_model, hooks[site], token_ids)

@@ -17,6 +17,10 @@ _GAIN = 0.03
 # between these shares of the fit: every feature is used, and so trained, before features must
 # be spared.
 _START, _FALL = 3.0, (0.2, 0.5)
+# Up to the first of these targets; from the second on it is not raised. The lateral steps are
+# damped for some 30 active features: with 100 and more they begin to overshoot before the
+# directions have spread, and a third of the features shut for good (docs/decisions/target_l0.md).
+_RAISED, _NOT_RAISED = 32.0, 64.0
 # Noise scale at first, as a share of the activations' deviation per dimension.
 _INITIAL_NOISE = 0.7
 
@@ -30,8 +34,9 @@ class TargetL0(Callback):
 
         sum of rates = target,    log noise_scale += gain (log l0 - log target),
 
-    where the target itself falls to its value from three times that. What it ends with is what a
-    fit under that noise scale would have learned.
+    where the target itself falls to its value from three times that (less for targets above 32;
+    64 and more are not raised). What it ends with is what a fit under that noise scale would have
+    learned.
 
     Parameters
     ----------
@@ -73,7 +78,7 @@ class TargetL0(Callback):
         if self.target >= state.model.d_sae:
             raise ValueError(f"target must be below d_sae={state.model.d_sae}, got {self.target}")
         self._rate_logit = prior.rate_logit
-        self._start = min(_START, max(1.0, 0.5 * state.model.d_sae / self.target))
+        self._start = _first_multiple(self.target, state.model.d_sae)
 
     @torch.no_grad()
     def on_step(self, state: FitState) -> None:
@@ -95,6 +100,13 @@ class TargetL0(Callback):
         begin, end = _FALL
         left = min(1.0, max(0.0, (end - share) / (end - begin)))
         return self.target * self._start**left
+
+
+def _first_multiple(target: float, d_sae: int) -> float:
+    """Return how many times the target the fit begins at."""
+    left = math.log(_NOT_RAISED / target) / math.log(_NOT_RAISED / _RAISED)
+    raised = _START ** min(1.0, max(0.0, left))
+    return min(raised, max(1.0, 0.5 * d_sae / target))
 
 
 def _log_error(l0: Tensor, target: float) -> Tensor:

@@ -47,7 +47,8 @@ def test_committed_rows_can_be_read_but_not_gone_on_with():
     assert len(files) == 2
     for file in files:
         rows = read_rows(file, {})
-        assert all({"fvu", "n_steps", "seed", "commit"} <= set(row) for row in rows.values())
+        known = [{**row, **row.get("settings", {})} for row in rows.values()]
+        assert all({"fvu", "n_steps", "seed", "commit"} <= set(row) for row in known)
         with pytest.raises(ValueError, match="does not say all the settings"):
             read_rows(file, {"SpikeSlab": {"d_sae": 1_536}})
 
@@ -71,6 +72,7 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys
         "context_length": 64,
     }  # fmt: skip
     for site in ("residual", "mlp"):
+        main(**options, site=site, only=("PCA",))
         main(**options, site=site)
     results = sorted(tmp_path.glob("*.json"))
     assert [r.name for r in results] == [
@@ -95,6 +97,8 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys
         assert all(sum(r["density_histogram"]["counts"]) == r["d_sae"] for r in rows.values())
     before = [file.stat().st_mtime_ns for file in results]
     main(**options)  # everything is there: nothing is fitted again
+    with pytest.raises(ValueError, match=r"no rows \['TopK k=9'\]; there are SpikeSlab, Laplace"):
+        main(**options, only=("PCA", "TopK k=9"))
     assert [file.stat().st_mtime_ns for file in results] == before
     with pytest.raises(ValueError, match="n_steps 12, not 13"):
         main(**(options | {"n_steps": 13}))

@@ -5,7 +5,7 @@ import torch
 
 import probsae as ps
 from probsae.inference import TargetL0
-from probsae.inference.callbacks import FitState
+from probsae.inference.callbacks import Callback, FitState
 from probsae.inference.target_l0 import _scale_noise
 
 
@@ -19,6 +19,38 @@ def test_reaches_the_target_on_activations_without_a_true_one(target):
     row = ps.evaluate([model], x[6_000:]).rows[0]
     assert row.l0 == pytest.approx(target, rel=0.1)
     assert float(model.code_prior.rate.detach().sum()) == pytest.approx(target, rel=0.02)
+
+
+class _FirstSum(Callback):
+    """Keep the sum of the firing rates after the first step."""
+
+    def on_step(self, state):
+        if state.step == 1:
+            self.value = float(state.model.code_prior.rate.detach().sum())
+
+
+@pytest.mark.parametrize(
+    ("target", "d_sae", "expected"),
+    [
+        (2.0, 256, 6.0),
+        (32.0, 256, 96.0),
+        (32.0 * 2**0.5, 256, 32 * 2**0.5 * 3**0.5),  # halfway between 32 and 64, in logarithms
+        (64.0, 256, 64.0),
+        (100.0, 256, 100.0),
+        (6.0, 24, 12.0),  # half of all features
+        (20.0, 24, 20.0),
+    ],
+)
+def test_small_targets_begin_at_three_times_large_ones_at_once(target, d_sae, expected):
+    torch.manual_seed(0)
+    model = ps.SpikeSlabDictionary(d_in=16, d_sae=d_sae, learn_noise=False)
+    # From there the first step's shift of all logits has only Adam's move to make up for.
+    model.code_prior.rate_logit.data.fill_(torch.tensor(expected / d_sae).logit())
+    first = _FirstSum()
+    ps.fit(
+        model, torch.randn(200, 16), n_steps=6, batch_size=32, callbacks=[TargetL0(target), first]
+    )
+    assert first.value == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.slow
