@@ -11,6 +11,7 @@ from experiments.one_layer_transformer.texts import Contexts
 from experiments.smollm2 import language, run
 from experiments.smollm2.run import held_out_contexts, main, open_store, read_rows
 from probsae.activations import ActivationStore, StoreWriter
+from probsae.inference import Checkpoint
 
 
 def test_held_out_contexts_are_contexts_of_the_text(tmp_path):
@@ -61,6 +62,33 @@ def test_a_store_of_other_settings_is_refused(tmp_path):
     assert len(open_store(tmp_path / "s", made)) == 20
     with pytest.raises(ValueError, match="made with text 'abc', not 'xyz', n_tokens 20, not 30"):
         open_store(tmp_path / "s", made | {"text": "xyz", "n_tokens": 30})
+
+
+class _KilledCheckpoint(Checkpoint):
+    def on_step(self, state):
+        super().on_step(state)
+        if state.step == 5:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_fit_goes_on_to_the_same_dictionary(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_CHECKPOINT_EVERY", 4)
+    writer = StoreWriter(tmp_path / "s", 8)
+    writer.append(torch.randn(400, 8))
+    writer.finish()
+    store, checkpoint = ActivationStore(tmp_path / "s"), tmp_path / "checkpoint"
+    plan = run.Plan("SpikeSlab l0=2", "SpikeSlabDictionary", {"learn_noise": False}, 2)
+    sizes = {"d_sae": 16, "n_steps": 7, "batch_size": 40, "seed": 0}
+    whole = run.fit_plan(plan, store, checkpoint, **sizes)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "Checkpoint", _KilledCheckpoint)
+        with pytest.raises(KeyboardInterrupt):
+            run.fit_plan(plan, store, checkpoint, **sizes)
+    assert checkpoint.exists()
+    again = run.fit_plan(plan, store, checkpoint, **sizes)
+    assert torch.equal(again.dictionary(), whole.dictionary())
+    assert float(again.noise_scale) == float(whole.noise_scale)
+    assert not checkpoint.exists()
 
 
 @pytest.mark.slow
