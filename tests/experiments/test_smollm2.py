@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from experiments.one_layer_transformer.texts import Contexts
-from experiments.smollm2 import language, run
+from experiments.smollm2 import fidelity, language, run
 from experiments.smollm2.run import held_out_contexts, main, open_store, read_rows
 from probsae.activations import ActivationStore, StoreWriter
+from probsae.activations.harvest import harvest
+from probsae.cli.fit import fit
 from probsae.inference import Checkpoint
 
 
@@ -129,6 +131,21 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys
     with pytest.raises(ValueError, match="n_tokens 3000, not 4000"):
         main(**(options | {"n_tokens": 4_000}))
     assert "291 held out" in capsys.readouterr().out  # from the nearest context on
+
+
+@pytest.mark.slow
+def test_fidelity_of_a_fitted_run(tmp_path, smollm2, corpus):
+    store, folder = tmp_path / "store", tmp_path / "run"
+    harvest(smollm2, corpus, "model.layers.2", store, n_tokens=2_000, context_length=32)
+    fit(store, folder, d_sae=48, n_steps=30, batch_size=256)
+    fidelity.main(folder, n_contexts=3, n_draws=4, out=tmp_path / "fidelity.json")
+    result = json.loads((tmp_path / "fidelity.json").read_text())
+    assert result["contexts x tokens"] == [3, 32]
+    lower, upper = result["interval_over_draws"]
+    assert lower < upper < 1
+    assert result["interval_over_text"][0] < result["interval_over_text"][1]
+    assert 0 < result["median_token_interval_nats"] < result["cross_entropy_zero"]
+    assert result["ce_increase_of_draws"] > 0
 
 
 @pytest.mark.slow
