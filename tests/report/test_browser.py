@@ -116,7 +116,7 @@ def with_posterior(tmp_path_factory, features):
     data = gather_features(
         Planted(D_IN), planted_activations(N_TOKENS, D_IN), text=features.text,
         posterior=Known(), stability=features.columns.stability,
-        logit_effects=features.logit_effects,
+        logit_effects=[[(" irresponsibly", 1.234), (" unaccountable", -0.987)]] * D_IN,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("known") / "page.html"
     return write_browser(Page("Known", features=data), path).as_uri()
@@ -132,7 +132,10 @@ def test_all_columns_are_in_view_and_headings_whole(visit, with_posterior):
         headings.nth(i).click()
         assert headings.nth(i).evaluate(fits)  # in bold
         assert tab.locator("#grid").evaluate(fits)
+    assert tab.locator("#detail").evaluate(fits)
+    assert tab.locator(".effects").evaluate(fits)
     assert tab.locator(".stats dt").all_inner_texts() == names
+    assert "0.01 to 0.09 (90%, tokens of the posterior)" in tab.inner_text(".stats")
     variance = float(Known.direction_variance[selected(tab)])
     shown = tab.locator(".stats div", has_text="direction").locator("dd").inner_text()
     assert float(shown) == pytest.approx(variance, rel=0.03)
