@@ -4,15 +4,18 @@ import pytest
 import torch
 
 from probsae.lm import (
+    downstream_fvu,
     excitation_graph,
     loops,
     maximum_codes,
     read_contexts,
     read_tokens,
     score_hypothesis,
+    splice,
     token_profile,
 )
 from probsae.lm.effects import final_scale
+from probsae.metrics import probing
 from probsae.progress import shown
 from probsae.report.features import gather_features
 from tests.lm.tiny import VOCABULARY, signed_identity, tiny_llama
@@ -20,6 +23,7 @@ from tests.lm.tiny import VOCABULARY, signed_identity, tiny_llama
 IDS = torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
 HOOK = "model.layers.1"
 X = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+TASK = probing.concept_task(torch.arange(20) % 2 == 0, n_controls=2, n_folds=2)
 
 
 def test_items_pass_and_nothing_shows_off_a_terminal(capsys):
@@ -41,12 +45,18 @@ LOOPS = {
         signed_identity(16), X, torch.arange(20), torch.tensor([0]), 20, progress=p
     ),
     "loops": lambda p: loops(excitation_graph(torch.ones(3, 3), torch.arange(3)), progress=p),
+    "splice": lambda p: splice(tiny_llama(), HOOK, signed_identity(16), IDS, progress=p),
+    "downstream_fvu": lambda p: downstream_fvu(
+        tiny_llama(), HOOK, signed_identity(16), IDS, ["model.layers.2"], progress=p
+    ),
+    "selectivity": lambda p: probing.selectivity(TASK, X, progress=p),
     "gather_features": lambda p: gather_features(signed_identity(16), X, progress=p),
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_long_loops_show_a_bar_where_asked(name, monkeypatch):
+@pytest.fixture
+def bars(monkeypatch):
+    """Whether each bar that is asked for is disabled."""
     seen = []
 
     def bar(items, *, disable, **_):
@@ -54,7 +64,25 @@ def test_long_loops_show_a_bar_where_asked(name, monkeypatch):
         return items
 
     monkeypatch.setattr("probsae.progress.tqdm", bar)
-    for progress, disable in ((None, None), (True, False), (False, True)):
-        seen.clear()
+    return seen
+
+
+CHOICES = ((None, None), (True, False), (False, True))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_long_loops_show_a_bar_where_asked(name, bars):
+    for progress, disable in CHOICES:
+        bars.clear()
         LOOPS[name](progress)
-        assert set(seen) == {disable}
+        assert set(bars) == {disable}
+
+
+def test_draws_of_the_codes_show_one_bar_for_all(bars):
+    labels = torch.arange(20) % 2 == 0
+    codes = labels[:, None] + 0.1 * X[:, :3]
+    raw = probing.selectivity(TASK, codes, progress=False)
+    for progress, disable in CHOICES:
+        bars.clear()
+        probing.localise_posterior([codes, codes], raw, budgets=(1, 2), progress=progress)
+        assert bars == [disable, True, True]  # that of the draws, none of a draw's folds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -12,11 +13,13 @@ import probsae as ps
 from experiments.concept_probing.settings import Settings, dictionary_facts, digest
 from probsae.activations import ActivationStore
 from probsae.dictionary import Dictionary
-from probsae.inference import TargetL0
+from probsae.inference import Callback, Checkpoint, TargetL0
 from probsae.models.base import SparseDictionary
 from probsae.models.files import load, save
 
 Map = Callable[[Tensor], Tensor]
+
+_CHECKPOINT_EVERY = 100
 
 
 class Representation(NamedTuple):
@@ -30,19 +33,25 @@ class Representation(NamedTuple):
 
 
 def fitted(settings: Settings, name: str, train: ActivationStore) -> SparseDictionary:
-    """Return the dictionary called `name`, from disk where a run of the same facts left it."""
+    """Return the dictionary called `name`, from disk where a run of the same facts left it.
+
+    A fit that was killed goes on from its last checkpoint.
+    """
     facts = dictionary_facts(settings, train)
     folder = settings.out / "dictionaries" / f"{name}-{digest(facts)}"
     if folder.exists():
         return load(folder)
+    checkpoint = folder.with_name(folder.name + "-checkpoint")
     torch.manual_seed(settings.fit_seed)
     model = new(settings, name, train)
-    callbacks = [TargetL0(settings.l0)] if name == "SpikeSlab" else []
+    callbacks: list[Callback] = [TargetL0(settings.l0)] if name == "SpikeSlab" else []
     ps.fit(
         model, train, n_steps=settings.n_steps, batch_size=settings.batch_size,
-        seed=settings.fit_seed, callbacks=callbacks,
+        seed=settings.fit_seed, callbacks=[*callbacks, Checkpoint(checkpoint, _CHECKPOINT_EVERY)],
+        resume=checkpoint if checkpoint.exists() else None,
     )  # fmt: skip
     save(model, folder)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     return model
 
 

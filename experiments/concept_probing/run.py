@@ -51,13 +51,15 @@ RESULTS = "results.json"
 def concepts(settings: Settings, model: LanguageModel) -> Iterator[Concept]:
     """Yield the words' concepts, then French and code against English prose."""
     yield from word_concepts(model, settings.n_words)
-    # A megabyte has many times the windows that are taken.
-    texts = {
-        name: getattr(settings, name).read_text(encoding="utf-8", errors="replace")[:1_000_000]
-        for name in TEXTS
-    }
+    texts = {name: beginning(getattr(settings, name)) for name in TEXTS}
     for name in ("french", "code"):
         yield text_concept(model, name, texts[name], texts["english"], settings.n_windows)
+
+
+def beginning(file: Path) -> str:
+    """Return a million characters, which have many times the windows that are taken."""
+    with file.open(encoding="utf-8", errors="replace") as text:
+        return text.read(1_000_000)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def measure(
         hard = _replaced(
             splice(language_model, hook, lambda x: _hard(model, x), token_ids, progress=False)
         )
-    errors = downstream_fvu(language_model, hook, model, token_ids, later)
+    errors = downstream_fvu(language_model, hook, model, token_ids, later, progress=False)
     lower, upper = result.context_interval()
     drawn = float(result.draw_cross_entropy.double().mean()) if n_draws else None
     return {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.end_to_end.fits import FAMILIES, OBJECTIVES
 
@@ -40,6 +42,10 @@ def frontier(rows: dict[str, dict[str, Any]]) -> Figure:
     targets = sorted({row["target_l0"] for row in rows.values()})
     panels[0].set_xticks(targets, [str(target) for target in targets])
     panels[0].set_xticks([], minor=True)
+    if scale == "log":
+        panels[0].set_yticks(_decades([row["ce_increase"] for row in rows.values()]))
+        panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[1].set(xlabel="features alive on held-out text")
     drawn = {(family, objective) for family, objective, _ in curves}
     key = [
@@ -49,3 +55,11 @@ def frontier(rows: dict[str, dict[str, Any]]) -> Figure:
     ]
     figure.legend(handles=key, loc="outside right upper", fontsize="small")
     return figure
+
+
+def _decades(values: list[float]) -> list[float]:
+    """Return the ticks 1, 2 and 5 of each decade between the least and the largest value."""
+    lower, upper = min(values), max(values)
+    exponents = range(math.floor(math.log10(lower)), math.ceil(math.log10(upper)) + 1)
+    ticks = [float(f"{digit}e{e}") for e in exponents for digit in (1, 2, 5)]
+    return [tick for tick in ticks if lower <= tick <= upper]

@@ -12,7 +12,6 @@ run that was killed goes on.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -40,9 +39,12 @@ from experiments.end_to_end.measure import measure
 from experiments.end_to_end.model import character_model, split_contexts
 from experiments.end_to_end.tables import markdown
 from probsae.activations.language_model import LanguageModel, load_language_model
+from probsae.activations.shards import checksum
 from probsae.lm import ContextActivations
 
 HELD_OUT = 0.1
+# Folder of the text's token ids.
+CONTEXTS = "contexts"
 # Settings that a row's own name holds, or that no figure depends on.
 _NOT_SHARED = ("out", "families", "objectives", "l0s", "seeds", "rates", "threads", "device")
 
@@ -58,7 +60,7 @@ class Settings:
     text : Path
         A text file; its last tenth is held out.
     out : Path
-        Language model, dictionaries, results.json, tables.md and frontier.png.
+        Language model, token ids, dictionaries, results.json, tables.md and frontier.png.
     model : str, optional
         Folder of a Hugging Face model, .gguf file or name on the hub; a language model of
         characters is trained where none is given.
@@ -125,7 +127,7 @@ def shared_settings(settings: Settings) -> dict[str, Any]:
         for key, value in dataclasses.asdict(settings).items()
         if key not in _NOT_SHARED
     }
-    digest = hashlib.sha256(settings.text.read_bytes()).hexdigest()[:16]
+    digest = checksum(settings.text)[:16]
     return values | {"text": f"{settings.text.name} {digest}", "held_out": HELD_OUT}
 
 
@@ -165,13 +167,14 @@ class Results:
         os.replace(new, self.file)
 
 
-def open_language_model(settings: Settings, text: str) -> LanguageModel:
+def open_language_model(settings: Settings) -> LanguageModel:
     """Load the language model, or train it."""
     if settings.model is not None:
         return load_language_model(settings.model, device=settings.device)
     return character_model(
-        text, settings.out / "language_model", context_length=settings.context_length,
-        held_out=HELD_OUT, n_steps=settings.language_model_steps, device=settings.device,
+        settings.text, settings.out / "language_model", settings.out / CONTEXTS,
+        context_length=settings.context_length, held_out=HELD_OUT,
+        n_steps=settings.language_model_steps, device=settings.device,
     )  # fmt: skip
 
 
@@ -192,10 +195,11 @@ def main(settings: Settings) -> None:
 
 
 def _fit_and_measure(settings: Settings, todo: list[Plan], results: Results) -> None:
-    text = settings.text.read_text(encoding="utf-8")
-    language_model = open_language_model(settings, text)
-    train, held_out = split_contexts(language_model, text, settings.context_length, HELD_OUT)
-    held_out = held_out[: settings.n_held_out]
+    language_model = open_language_model(settings)
+    train, held_out = split_contexts(
+        language_model, settings.text, settings.context_length, HELD_OUT, settings.out / CONTEXTS
+    )
+    held_out = held_out[: settings.n_held_out].long()
     contexts = ContextActivations(language_model, settings.hook, train)
     machine = f"{platform.machine()}, {settings.threads} thread, {settings.device}"
     code = commit()  # that which runs, whatever is committed meanwhile

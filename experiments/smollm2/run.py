@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,19 +24,22 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from tqdm import tqdm
 
 import probsae as ps
 from benchmarks.fit_overhead import commit
+from experiments.concept_probing.settings import digest
 from experiments.smollm2.model import smollm2_path
 from probsae.activations import ActivationStore
 from probsae.activations.harvest import fingerprint, harvest
 from probsae.activations.language_model import load_language_model
 from probsae.activations.shards import write_bytes
 from probsae.dictionary import Dictionary
-from probsae.inference import TargetL0
+from probsae.inference import Callback, Checkpoint, TargetL0
 from probsae.lm import Splicer
 
 HELD_OUT = 0.1
+_CHECKPOINT_EVERY = 100
 COLUMNS = ("name", "fvu", "fvu_hard", "l0", "alive", "elbo", "loss_recovered", "kl")
 
 
@@ -71,18 +75,26 @@ def plans(frontier: tuple[int, ...], rates: tuple[float, ...], l1: float) -> Ite
 
 
 def fit_plan(
-    plan: Plan, data: ActivationStore, d_sae: int, n_steps: int, batch_size: int, seed: int
+    plan: Plan,
+    data: ActivationStore,
+    checkpoint: Path,
+    d_sae: int,
+    n_steps: int,
+    batch_size: int,
+    seed: int,
 ) -> Dictionary:
-    """Fit what `plan` describes."""
+    """Fit what `plan` describes, or go on from the `checkpoint` of a fit that was killed."""
     if hasattr(ps.baselines, plan.family):
         return getattr(ps.baselines, plan.family)(d_sae, seed=seed).fit(data)
     torch.manual_seed(seed)
     model = getattr(ps, plan.family)(d_in=data.d_in, d_sae=d_sae, **plan.options)
-    callbacks = [] if plan.target_l0 is None else [TargetL0(plan.target_l0)]
+    callbacks: list[Callback] = [] if plan.target_l0 is None else [TargetL0(plan.target_l0)]
     ps.fit(
         model, data, n_steps=n_steps, batch_size=batch_size, learning_rate=plan.learning_rate,
-        seed=seed, callbacks=callbacks,
+        seed=seed, callbacks=[*callbacks, Checkpoint(checkpoint, _CHECKPOINT_EVERY)],
+        resume=checkpoint if checkpoint.exists() else None,
     )  # fmt: skip
+    shutil.rmtree(checkpoint)
     return model
 
 
@@ -219,9 +231,11 @@ def main(
     wishes = {name: common | dataclasses.asdict(plan) for name, plan in todo.items()}
     rows = read_rows(results_file, wishes)
     splicer = None
-    for name, plan in todo.items():
+    for name, plan in tqdm(todo.items(), unit="dictionary"):
         if name not in rows and (not only or name in only):
-            dictionary = fit_plan(plan, train, d_sae, n_steps, batch_size, seed)
+            # Named after all settings: a fit with others begins anew.
+            checkpoint = out / f"checkpoint-{digest(wishes[name])}"
+            dictionary = fit_plan(plan, train, checkpoint, d_sae, n_steps, batch_size, seed)
             if plan.is_spliced and splicer is None:
                 splicer = Splicer(language_model, hooks[site], token_ids)
             row = measure(dictionary, held_out, splicer if plan.is_spliced else None)

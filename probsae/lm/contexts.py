@@ -100,7 +100,8 @@ class ContextActivations:
     model, hook
         As for `splice`.
     token_ids : Tensor, shape (context, position)
-        Contexts to train on; reshuffled at each pass.
+        Contexts to train on, of any integers; reshuffled at each pass. They may be mapped from disk
+        (`torch.from_file`): only a batch of them is read at a time.
     keep_first : bool, default True
         Leave out each context's first position, whose activations are massive in many models.
 
@@ -156,7 +157,7 @@ class ContextActivations:
                 if n_batches > 0:
                     n_batches -= 1
                     continue
-                ids = self.token_ids[rows.to(self.token_ids.device)]
+                ids = self.token_ids[rows.to(self.token_ids.device)].long()
                 x = next(
                     read_contexts(self.model, self.hook, ids, batch_size=n_contexts, progress=False)
                 )

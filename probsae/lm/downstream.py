@@ -12,6 +12,7 @@ from probsae.activations.hooks import edited, find_hook, recorded
 from probsae.activations.language_model import LanguageModel
 from probsae.dictionary import Dictionary
 from probsae.lm.contexts import check_contexts, tokens_of, with_tokens
+from probsae.progress import shown
 
 
 @torch.no_grad()
@@ -24,6 +25,7 @@ def downstream_fvu(
     *,
     batch_size: int = 16,
     keep_first: bool = True,
+    progress: bool | None = None,
 ) -> dict[str, float]:
     """Measure the reconstruction error of later layers when a dictionary is spliced in at a hook.
 
@@ -35,6 +37,8 @@ def downstream_fvu(
         Text to run on.
     later : sequence of str
         Hooks behind `hook`, such as the residual stream after later blocks.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
 
     Returns
     -------
@@ -51,7 +55,7 @@ def downstream_fvu(
     point, first = find_hook(model.network, hook), int(keep_first)
     points = [find_hook(model.network, name) for name in later]
     sums: dict[str, list[Tensor]] = {name: [] for name in later}
-    for ids in token_ids.split(batch_size):
+    for ids in shown(token_ids.split(batch_size), "later layers", "batch", progress):
         with recorded([point, *points]) as before:
             model.logits(ids)
         x = tokens_of(before[hook], first)

@@ -182,7 +182,8 @@ def _untouched(text: _Text, ids: Int[Tensor, "context position"]) -> _Untouched:
     tokens = tokens_of(seen[text.point.name], text.first)
     untouched = _Untouched(ids, tokens, original, [])
     target = ids[:, 1:, None].to(original.device)
-    untouched.losses.append(_compare(original, original, target))
+    cross_entropy = _cross_entropy(original, target)
+    untouched.losses.append(torch.stack([cross_entropy, torch.zeros_like(cross_entropy)]))
     for replacement in (torch.zeros_like(tokens), text.mean.to(tokens).expand_as(tokens)):
         untouched.losses.append(_losses_with(text, untouched, replacement))
     return untouched
@@ -255,9 +256,15 @@ def _compare(
     target: Int[Tensor, "context prediction 1"],
 ) -> Float[Tensor, "kind context prediction"]:
     """Return each token's cross-entropy under `spliced` and KL(original || spliced)."""
-    cross_entropy = -spliced.gather(-1, target)[..., 0]
     kl = F.kl_div(spliced, original, reduction="none", log_target=True).sum(-1)
-    return torch.stack([cross_entropy, kl])
+    return torch.stack([_cross_entropy(spliced, target), kl])
+
+
+def _cross_entropy(
+    log_probabilities: Float[Tensor, "context prediction vocabulary"],
+    target: Int[Tensor, "context prediction 1"],
+) -> Float[Tensor, "context prediction"]:
+    return -log_probabilities.gather(-1, target)[..., 0]
 
 
 def _log_probabilities(

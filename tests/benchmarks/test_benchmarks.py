@@ -20,6 +20,10 @@ BENCHMARKS = {
         "ks=(3,), with_growth=False",
         "throughput",
     ),
+    "language_model": (
+        "n_harvested=4, n_spliced=2, context_length=8, batch_size=2, n_rounds=1",
+        "seconds",
+    ),
     "peer_speed": (
         f"{SIZES}, k=3, n_steps=7, libraries=('probsae', 'probsae_eager', 'bare')",
         "tokens a second over it",

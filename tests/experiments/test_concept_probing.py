@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments.concept_probing import make_words
+from experiments.concept_probing import convergence, make_words
 from experiments.concept_probing import run as experiment
 from experiments.concept_probing.concepts import (
     TEMPLATES,
@@ -23,6 +23,7 @@ from experiments.concept_probing.run import Settings, run
 from experiments.concept_probing.settings import check_store
 from probsae.activations.harvest import harvest
 from tests.lm.tiny import VOCABULARY, tiny_language_model
+from tests.metrics.planted import planted as planted_codes
 
 SENSES = """\
 dog%1:05:00:: 02084071 1 42
@@ -82,6 +83,23 @@ def test_words_contexts_begin_as_harvested_ones():
     for one, other in zip(word_concepts(plain, 2), word_concepts(begun, 2), strict=True):
         assert other.contexts == [[BOS, *ids] for ids in one.contexts]
         assert (other.labels, other.types) == (one.labels, one.types)
+
+
+def test_gradients_at_what_solvers_return():
+    """Ours and a patient L-BFGS end at one optimum; one that is stopped warns, away from it."""
+    codes, labels = (value.numpy() for value in planted_codes(40, 60))
+    patient = convergence.scikit_learn("lbfgs", standardise=True, n_steps=1_000)
+    ours, theirs = convergence.fit_probe(codes, labels), patient(codes, labels)
+    assert ours.gradient(labels) < 1e-9
+    # Its tolerance is 1e-4 of the gradient of n times the mean loss over the penalty.
+    assert 1e-9 < theirs.gradient(labels) < 1e-3
+    distance = float(abs(ours.weight - theirs.weight).max())
+    assert distance <= theirs.gradient(labels) / ours.penalty
+    stopped = convergence.scikit_learn("lbfgs", standardise=False, n_steps=2)
+    row = convergence.measure(stopped, codes, labels)
+    assert row["warned"]
+    assert row["gradient"] > 1e-3
+    assert not convergence.measure(convergence.fit_probe, codes, labels)["warned"]
 
 
 def test_windows_begin_as_harvested_ones_and_end_in_a_token_of_the_text():

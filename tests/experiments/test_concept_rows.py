@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from experiments.concept_probing import representations
 from experiments.concept_probing import settings as settings_module
 from experiments.concept_probing.concepts import Concept
 from experiments.concept_probing.measure import ConceptProbe, n_different
@@ -14,6 +15,8 @@ from experiments.concept_probing.representations import Representation
 from experiments.concept_probing.rows import Row, RowFolder, fill
 from experiments.concept_probing.settings import Settings, digest, row_facts
 from experiments.concept_probing.tables import family_wise, markdown
+from probsae.activations import ActivationStore, StoreWriter
+from probsae.inference import Checkpoint
 from probsae.metrics import probing
 from tests.lm.tiny import tiny_language_model
 
@@ -151,6 +154,32 @@ def test_finished_concepts_are_not_opened_again(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- measuring
+
+
+class _KilledCheckpoint(Checkpoint):
+    def on_step(self, state):
+        super().on_step(state)
+        if state.step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["SpikeSlab", "TopK"])
+def test_a_killed_fit_goes_on_to_the_same_dictionary(name, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(representations, "_CHECKPOINT_EVERY", 4)
+    writer = StoreWriter(tmp_path / "s", 8)
+    writer.append(torch.randn(400, 8))
+    writer.finish()
+    store = ActivationStore(tmp_path / "s")
+    small = dataclasses.replace(asked, d_sae=16, n_steps=7, batch_size=40, l0=2)
+    whole = representations.fitted(dataclasses.replace(small, out=tmp_path / "a"), name, store)
+    with monkeypatch.context() as patch:
+        patch.setattr(representations, "Checkpoint", _KilledCheckpoint)
+        with pytest.raises(KeyboardInterrupt):
+            representations.fitted(small, name, store)
+    again = representations.fitted(small, name, store)
+    assert torch.equal(again.W_dec, whole.W_dec)
+    assert float(again.noise_scale) == float(whole.noise_scale)
+    assert len(list((small.out / "dictionaries").iterdir())) == 1  # the checkpoint is gone
 
 
 def test_features_that_differ_are_counted_on_one_token_of_each_type():

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import probsae as ps
+from experiments import language_models
 from experiments.end_to_end import fits
 from experiments.end_to_end.fits import (
     FAMILIES,
@@ -23,7 +24,7 @@ from experiments.end_to_end.fits import (
     tuned_rate,
 )
 from experiments.end_to_end.measure import measure
-from experiments.end_to_end.model import split_contexts
+from experiments.end_to_end.model import CharacterTokenizer, split_contexts
 from experiments.end_to_end.run import Results, Settings, main, open_language_model, shared_settings
 from experiments.end_to_end.tables import at_l0, l0_at_loss, markdown
 from probsae.activations.language_model import LanguageModel
@@ -78,19 +79,34 @@ def test_rows_of_other_settings_are_refused(tmp_path):
         Results(file, shared_settings(settings))
 
 
-def test_contexts_begin_as_the_models_texts_do():
+def test_contexts_begin_as_the_models_texts_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models, "PIECE", 20)  # some seven words at a time
     tiny = tiny_language_model()
     model = LanguageModel("tiny", tiny.network, WordTokenizer(), bos_token_id=7)
     text = " ".join(str(i % VOCABULARY) for i in range(103))
-    train, held_out = split_contexts(model, text, 11, 0.2)
+    file = tmp_path / "numbers.txt"
+    file.write_text(text)
+    train, held_out = split_contexts(model, file, 11, 0.2, tmp_path / "with")
     assert (len(train), len(held_out)) == (8, 2)
     both = torch.cat([train, held_out])
     assert bool((both[:, 0] == 7).all())
     assert both[:, 1:].flatten().tolist() == [i % VOCABULARY for i in range(100)]
-    without, _ = split_contexts(tiny, text, 11, 0.2)
+    without, _ = split_contexts(tiny, file, 11, 0.2, tmp_path / "without")
     assert without[0].tolist() == list(range(11))
     with pytest.raises(ValueError, match="got 1 in all"):
-        split_contexts(model, text, 90, 0.2)
+        split_contexts(model, file, 90, 0.2, tmp_path / "long")
+    file.unlink()  # what is on disk is mapped
+    again, _ = split_contexts(model, file, 11, 0.2, tmp_path / "with")
+    assert torch.equal(again, train)
+
+
+def test_characters_are_numbered_by_how_often_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models, "PIECE", 4)
+    file = tmp_path / "text.txt"
+    file.write_text("bab ca a ä")
+    tokenizer = CharacterTokenizer(file)
+    assert tokenizer.characters == [" ", "a", "b", "c", "ä"]
+    assert tokenizer(["aä?"])["input_ids"] == [[1, 4, 4]]
 
 
 @pytest.mark.parametrize("family", [ps.TopKSAE, ps.SpikeSlabDictionary])
@@ -194,8 +210,8 @@ def test_a_loaded_model_begins_contexts_with_its_own_token(tmp_path, corpus):
         hook="model.layers.0", later=("model.layers.1",), families=("TopK",), l0s=(4,),
         n_steps=2, batch_size=62, context_length=32, n_held_out=4,
     )  # fmt: skip
-    language_model = open_language_model(settings, text)
-    train, _ = split_contexts(language_model, text, 32, 0.1)
+    language_model = open_language_model(settings)
+    train, _ = split_contexts(language_model, settings.text, 32, 0.1, tmp_path / "contexts")
     assert language_model.decode(train[0, :1].tolist()) == ["<s>"]
     assert bool((train[:, 0] == train[0, 0]).all())
     main(settings)

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from experiments.one_layer_transformer.texts import Contexts
-from experiments.smollm2 import language, run
+from experiments.smollm2 import fidelity, language, run
 from experiments.smollm2.run import held_out_contexts, main, open_store, read_rows
 from probsae.activations import ActivationStore, StoreWriter
+from probsae.activations.harvest import harvest
+from probsae.cli.fit import fit
+from probsae.inference import Checkpoint
 
 
 def test_held_out_contexts_are_contexts_of_the_text(tmp_path):
@@ -64,6 +67,33 @@ def test_a_store_of_other_settings_is_refused(tmp_path):
         open_store(tmp_path / "s", made | {"text": "xyz", "n_tokens": 30})
 
 
+class _KilledCheckpoint(Checkpoint):
+    def on_step(self, state):
+        super().on_step(state)
+        if state.step == 5:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_fit_goes_on_to_the_same_dictionary(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_CHECKPOINT_EVERY", 4)
+    writer = StoreWriter(tmp_path / "s", 8)
+    writer.append(torch.randn(400, 8))
+    writer.finish()
+    store, checkpoint = ActivationStore(tmp_path / "s"), tmp_path / "checkpoint"
+    plan = run.Plan("SpikeSlab l0=2", "SpikeSlabDictionary", {"learn_noise": False}, 2)
+    sizes = {"d_sae": 16, "n_steps": 7, "batch_size": 40, "seed": 0}
+    whole = run.fit_plan(plan, store, checkpoint, **sizes)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "Checkpoint", _KilledCheckpoint)
+        with pytest.raises(KeyboardInterrupt):
+            run.fit_plan(plan, store, checkpoint, **sizes)
+    assert checkpoint.exists()
+    again = run.fit_plan(plan, store, checkpoint, **sizes)
+    assert torch.equal(again.dictionary(), whole.dictionary())
+    assert float(again.noise_scale) == float(whole.noise_scale)
+    assert not checkpoint.exists()
+
+
 @pytest.mark.slow
 def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys):
     options = {
@@ -105,6 +135,21 @@ def test_small_experiment_end_to_end_and_again(tmp_path, smollm2, corpus, capsys
     with pytest.raises(ValueError, match="n_tokens 3000, not 4000"):
         main(**(options | {"n_tokens": 4_000}))
     assert "291 held out" in capsys.readouterr().out  # from the nearest context on
+
+
+@pytest.mark.slow
+def test_fidelity_of_a_fitted_run(tmp_path, smollm2, corpus):
+    store, folder = tmp_path / "store", tmp_path / "run"
+    harvest(smollm2, corpus, "model.layers.2", store, n_tokens=2_000, context_length=32)
+    fit(store, folder, d_sae=48, n_steps=30, batch_size=256)
+    fidelity.main(folder, n_contexts=3, n_draws=4, out=tmp_path / "fidelity.json")
+    result = json.loads((tmp_path / "fidelity.json").read_text())
+    assert result["contexts x tokens"] == [3, 32]
+    lower, upper = result["interval_over_draws"]
+    assert lower < upper < 1
+    assert result["interval_over_text"][0] < result["interval_over_text"][1]
+    assert 0 < result["median_token_interval_nats"] < result["cross_entropy_zero"]
+    assert result["ce_increase_of_draws"] > 0
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from pyro.distributions import Normal
@@ -201,6 +202,66 @@ def test_draws_follow_the_posterior():
     )
 
 
+class Seen:
+    """On with probability .3, at what it sees: decoded, a token is itself or nothing."""
+
+    def encode(self, x):
+        slab = Normal(torch.ones(len(x), 1), torch.full((len(x), 1), 1e-9))
+        self.x = x
+        return ps.CodePosterior(SpikeSlab(torch.full((len(x), 1), math.log(0.3 / 0.7)), slab))
+
+    def decode(self, z):
+        return z * self.x
+
+    def dictionary(self):
+        return torch.ones(1, 1)
+
+
+def test_fidelity_and_its_interval_by_hand():
+    """Two layers by hand: token v is 3 e_v, layer 1 adds nothing, layer 2 doubles, all are read.
+
+    What goes on with a share t of 3 e_v ends as 6 t for v and 0 for the other eleven.
+    """
+    model = tiny_language_model()
+    network, eye = model.network, torch.eye(D_IN)
+    for parameter in network.parameters():
+        parameter.zero_()
+    network.embed.weight[:D_IN] = 3 * eye
+    network.head.weight[:D_IN] = eye
+    network.head.bias[D_IN:] = -1e9  # no token beyond the twelve
+    network.layers[1].mlp[0].weight[:D_IN] = eye
+    network.layers[1].mlp[2].weight[:, :D_IN] = eye
+    ids = torch.arange(D_IN)[:, None].expand(-1, 2)  # every token twice, one prediction each
+
+    def loss(logit):
+        return math.log(math.exp(logit) + 11) - logit
+
+    half = splice(model, "layers.0", lambda x: 0.5 * x, ids, keep_first=False)
+    assert half.cross_entropy == pytest.approx(loss(6), rel=1e-5)
+    assert half.cross_entropy_spliced == pytest.approx(loss(3), rel=1e-5)
+    assert half.cross_entropy_zero == pytest.approx(math.log(12), rel=1e-5)
+    assert half.cross_entropy_mean == pytest.approx(math.log(12), rel=1e-5)  # 3/12 everywhere
+    p = math.exp(6) / (math.exp(6) + 11)
+    kl = p * (loss(3) - loss(6)) + (1 - p) * (math.log(math.exp(3) + 11) - loss(6) - 6)
+    assert half.kl == pytest.approx(kl, rel=1e-4)
+    recovered = (math.log(12) - loss(3)) / (math.log(12) - loss(6))
+    assert half.loss_recovered == pytest.approx(recovered, rel=1e-5)
+    assert half.loss_recovered_from_mean == pytest.approx(recovered, rel=1e-4)
+
+    # A draw keeps each token with probability .3 and recovers the share that it keeps.
+    n_draws = 60
+    drawn = splice(model, "layers.0", Seen(), ids, n_draws=n_draws, keep_first=False)
+    assert drawn.cross_entropy_spliced == pytest.approx(loss(0.3 * 6), rel=1e-5)  # the mean, .3 x
+    kept = drawn.draw_loss_recovered * 12
+    torch.testing.assert_close(kept, kept.round(), atol=1e-4, rtol=0)
+    groups = kept.round().long().clamp(1, 6).bincount(minlength=7)[1:]  # 0 or 1, 2, ... 6 or more
+    below = stats.binom(12, 0.3).cdf(range(6))
+    law = np.append(below[1:], 1) - np.append(0, below[1:])
+    assert stats.chisquare(groups, n_draws * law).pvalue > FALSE_ALARM_RATE
+    ends = np.quantile(kept.round().numpy(), [0.05, 0.95])
+    assert drawn.interval(0.9) == pytest.approx(tuple(ends / 12), abs=1e-5)
+
+
 def test_seed_fixes_the_draws_and_touches_no_other():
     before = torch.get_rng_state()
     results = [
@@ -285,3 +346,25 @@ def test_dictionary_inside_smollm2(smollm2, corpus):
     assert result.cross_entropy < math.log(49_152) / 2
     lower, upper = result.context_interval()
     assert lower < result.loss_recovered < upper
+
+
+@pytest.mark.slow
+def test_posterior_draws_inside_smollm2(smollm2, corpus):
+    """Draws decode to what the mean does but for the codes' spread: each costs something."""
+    text = corpus[0].read_text(encoding="utf-8")[:20_000]
+    ids = torch.tensor(smollm2.tokenize([text])[0][: 24 * 64]).view(24, 64)
+    hook = "model.layers.7"
+    x = read_tokens(smollm2, hook, ids)
+    dictionary = ps.SpikeSlabDictionary(d_in=576, d_sae=256)
+    ps.fit(dictionary, x, n_steps=150, batch_size=256)
+    result = splice(smollm2, hook, dictionary, ids[:4], n_draws=6)
+    assert result.draw_cross_entropy.shape == (6, 4, 63)
+    lower, upper = result.interval(0.9)
+    assert 0.3 < lower < upper < result.loss_recovered < 1
+    # Draws of many tokens' independent codes agree: the interval is narrower than over other text.
+    text_lower, text_upper = result.context_interval(0.9)
+    assert upper - lower < text_upper - text_lower
+    token_lower, token_upper = result.token_interval(0.9)
+    is_certain = token_upper == token_lower
+    assert bool(is_certain[:, 0].all())  # the first position is left alone, and predicts the next
+    assert not bool(is_certain[:, 1:].any())

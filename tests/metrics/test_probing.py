@@ -55,6 +55,20 @@ def test_probe_converges_at_312_tokens_and_16384_features_without_a_warning():
         probe = probing.fit_probe(codes, labels)
     assert bool((probe.decide(codes) == labels).all())  # separable, as any labels are here
 
+    # The optimum of the 16,384 weights that `fit_probe` states, by automatic differentiation: the
+    # objective is strongly convex, so that a gradient g is at most |g| / penalty away from it.
+    x = codes.double()
+    scale = x.std(0, correction=0) * math.sqrt(16_384)
+    w = (probe.weight * scale).requires_grad_()
+    b = torch.tensor(probe.intercept + float(probe.weight @ x.mean(0)), dtype=torch.float64)
+    b.requires_grad_()
+    margin = (x - x.mean(0)) / scale @ w + b
+    losses = torch.nn.functional.softplus(torch.where(labels, -margin, margin))
+    objective = 0.5 * (losses[labels].mean() + losses[~labels].mean())
+    objective = objective + 0.5 * probing.PENALTY * w.square().sum()
+    gradient = torch.cat([*(g.reshape(-1) for g in torch.autograd.grad(objective, (w, b)))])
+    assert float(gradient.norm()) < 1e-9
+
 
 @pytest.mark.parametrize(("limit", "value"), [("_MAX_NEWTON_STEPS", 1), ("_SOLVER_TOLERANCE", 0.1)])
 def test_a_solver_that_stops_early_is_refused(monkeypatch, limit, value):

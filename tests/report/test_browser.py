@@ -100,6 +100,62 @@ def test_headings_sort_down_and_up(visit, address, features, name):
     assert values[rows(tab)[0]] == pytest.approx(values.min(), rel=5e-3)
 
 
+class Known:
+    """A posterior of the dictionary, as far as the page shows it."""
+
+    direction_variance = torch.linspace(1e-4, 0.2, D_IN)
+    log_odds_real = torch.linspace(-5, 5, D_IN)
+
+    def rate_interval(self, level):
+        return torch.full((D_IN,), 0.01), torch.full((D_IN,), 0.09)
+
+
+@pytest.fixture(scope="module")
+def with_posterior(tmp_path_factory, features):
+    """The page with every column that there is."""
+    data = gather_features(
+        Planted(D_IN), planted_activations(N_TOKENS, D_IN), text=features.text,
+        posterior=Known(), stability=features.columns.stability,
+        logit_effects=[[(" irresponsibly", 1.234), (" unaccountable", -0.987)]] * D_IN,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("known") / "page.html"
+    return write_browser(Page("Known", features=data), path).as_uri()
+
+
+def test_all_columns_are_in_view_and_headings_whole(visit, with_posterior):
+    tab = visit(with_posterior)
+    names = ["rate", "undecided", "direction", "real", "stability", "largest"]
+    fits = "e => e.scrollWidth <= e.clientWidth"
+    headings = tab.locator("[role=columnheader] button")
+    assert headings.all_inner_texts() == ["feature", *names]
+    for i in range(headings.count()):
+        headings.nth(i).click()
+        assert headings.nth(i).evaluate(fits)  # in bold
+        assert tab.locator("#grid").evaluate(fits)
+    assert tab.locator("#detail").evaluate(fits)
+    assert tab.locator(".effects").evaluate(fits)
+    assert tab.locator(".stats dt").all_inner_texts() == names
+    assert "0.01 to 0.09 (90%, tokens of the posterior)" in tab.inner_text(".stats")
+    variance = float(Known.direction_variance[selected(tab)])
+    shown = tab.locator(".stats div", has_text="direction").locator("dd").inner_text()
+    assert float(shown) == pytest.approx(variance, rel=0.03)
+
+
+def test_numbers_stand_beside_their_text(visit, address):
+    """Also where a context begins with the token, so that nothing is before it."""
+    tab = visit(address)
+    middle = "e => { const r = e.getBoundingClientRect(); return r.top + r.height / 2 }"
+    n_first = 0
+    for feature in range(8):
+        tab.evaluate(f"location.hash = '#f{feature}'")
+        tab.wait_for_selector(f"#detail-title:text-is('Feature {feature}')")
+        for line in tab.locator(".examples li:not(.nothing)").all():
+            n_first += line.locator(".before .token").count() == 0
+            number = line.locator(".number").first.evaluate(middle)
+            assert line.locator("mark").evaluate(middle) == pytest.approx(number, abs=2)
+    assert n_first
+
+
 def test_search_by_number_token_and_effect(visit, address):
     tab = visit(address)
     tab.fill("#query", "17")

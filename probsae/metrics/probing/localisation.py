@@ -129,6 +129,7 @@ def localise(
     *,
     budgets: Sequence[int] = BUDGETS,
     penalty: float = PENALTY,
+    progress: bool | None = None,
 ) -> Localisation:
     """Measure how few features of `codes` carry a concept that a raw probe reads.
 
@@ -143,6 +144,8 @@ def localise(
         Numbers of features, ascending from 1; a dictionary with fewer uses all it has.
     penalty : float, default 1e-2
         See `fit_probe`.
+    progress : bool, optional
+        As for `selectivity`.
 
     Returns
     -------
@@ -174,5 +177,5 @@ def localise(
             f"the raw probe must be selective for a concept to be localised, got {raw.value:.3f}; "
             "use more tokens, or another concept"
         )
-    sparse = sparse_selectivities(raw.task, codes, budgets, penalty)
+    sparse = sparse_selectivities(raw.task, codes, budgets, penalty, progress)
     return Localisation(tuple(budgets), tuple(sparse), raw)

@@ -12,6 +12,7 @@ from torch import Tensor
 from probsae.metrics.probing.localisation import BUDGETS, Localisation, localise
 from probsae.metrics.probing.probes import PENALTY
 from probsae.metrics.probing.selectivity import Selectivity, percentile_interval
+from probsae.progress import shown
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def localise_posterior(
     *,
     budgets: Sequence[int] = BUDGETS,
     penalty: float = PENALTY,
+    progress: bool | None = None,
 ) -> PosteriorLocalisation:
     """Measure how few features carry a concept in draws from the codes' posterior.
 
@@ -80,6 +82,9 @@ def localise_posterior(
         the ends of a 90% interval at the outermost draws but one.
     raw, budgets, penalty
         As of `localise`.
+    progress : bool, optional
+        Show a bar over the draws; by default on terminals, where they take longer than two seconds.
+        It says how long the rest will take where `draws` has a length.
 
     Returns
     -------
@@ -111,7 +116,10 @@ def localise_posterior(
     >>> lower <= result.score <= upper
     True
     """
-    of_draws = tuple(localise(draw, raw, budgets=budgets, penalty=penalty) for draw in draws)
+    of_draws = tuple(
+        localise(draw, raw, budgets=budgets, penalty=penalty, progress=False)
+        for draw in shown(draws, "probes", "draw", progress)
+    )
     if not of_draws:
         raise ValueError("draws must hold at least one draw of the codes, got none")
     return PosteriorLocalisation(of_draws)

@@ -13,6 +13,7 @@ from probsae.levels import tails
 from probsae.metrics.probing.probes import PENALTY, ProbeSpace, as_matrix
 from probsae.metrics.probing.significance import welch_statistics
 from probsae.metrics.probing.task import ConceptTask
+from probsae.progress import shown
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def selectivity(
     *,
     n_features: int | None = None,
     penalty: float = PENALTY,
+    progress: bool | None = None,
 ) -> Selectivity:
     """Probe codes for a concept and for its controls, by cross-validation.
 
@@ -74,6 +76,8 @@ def selectivity(
         training folds; controls choose features by their own labels. All features where None.
     penalty : float, default 1e-2
         See `fit_probe`.
+    progress : bool, optional
+        Show a bar over the folds; by default on terminals, where they take longer than two seconds.
 
     Returns
     -------
@@ -102,7 +106,7 @@ def selectivity(
     >>> selectivity(concept_task(labels), codes, n_features=1).accuracy
     1.0
     """
-    return sparse_selectivities(task, codes, [n_features], penalty)[0]
+    return sparse_selectivities(task, codes, [n_features], penalty, progress)[0]
 
 
 def sparse_selectivities(
@@ -110,6 +114,7 @@ def sparse_selectivities(
     codes: Float[Tensor, "token d_sae"],
     budgets: Sequence[int | None],
     penalty: float,
+    progress: bool | None,
 ) -> list[Selectivity]:
     """Return `selectivity` for several numbers of features; they are ranked once for all."""
     x = as_matrix(codes)
@@ -120,7 +125,7 @@ def sparse_selectivities(
     if any(k is not None and k < 1 for k in budgets):
         raise ValueError(f"n_features must be at least 1, got {list(budgets)}")
     is_correct = np.zeros((len(budgets), *task.assignments.shape), dtype=bool)
-    for fold in np.unique(task.folds):
+    for fold in shown(np.unique(task.folds), "probes", "fold", progress):
         is_test = task.folds == fold
         for i, answers in enumerate(_answers(x, task.assignments, is_test, budgets, penalty)):
             is_correct[i][:, is_test] = answers == task.assignments[:, is_test]

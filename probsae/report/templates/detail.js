@@ -4,7 +4,9 @@ function stat(name, text, more, title) {
 
 function stats(feature) {
   const level = Math.round(100 * FEATURES.level);
-  const interval = `${number(value("rate_lower", feature))} to ${number(value("rate_upper", feature))} (${level}%)`;
+  // A posterior of the dictionary states the rate on the tokens that it was made from.
+  const source = FEATURES.columns.direction_variance ? ", tokens of the posterior" : "";
+  const interval = `${number(value("rate_lower", feature))} to ${number(value("rate_upper", feature))} (${level}%${source})`;
   return make(
     "dl", { class: "stats" },
     ...COLUMNS.map(({ name, label, format, title }) =>
@@ -94,7 +96,7 @@ function showDetail(feature) {
     make("h2", { id: "detail-title", tabindex: "-1" }, `Feature ${feature}`),
     stats(feature),
     exampleList("Strongest tokens", one.top, one, size, "Not active on any token.", legend()),
-    exampleList("Where it is undecided", one.undecided, one, size, "No token with p_active between .2 and .8."),
+    exampleList("Where it is undecided", one.undecided, one, size, "No token apart from those above has p_active between .2 and .8."),
     make("div", { class: "panels" },
       panel("Codes", isEmpty(one) ? make("p", { class: "hint" }, `None with p_active above ${fraction(FEATURES.kept)}.`) : codes.node),
       make("div", {}, panel("Fires on", tokensPanel(one)), panel("Nearest features, by cosine", nearestPanel(feature))),

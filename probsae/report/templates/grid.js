@@ -121,9 +121,12 @@ function move(event) {
 function startGrid() {
   decades = -lowest();
   const wide = (pixels) => `minmax(${pixels}px, 1fr)`;
-  const widths = ["44px", ...(FEATURES.text ? [wide(90)] : []), wide(72), ...COLUMNS.map(() => "58px")];
+  // A heading in bold takes some 7 pixels a letter.
+  const numbers = COLUMNS.map(({ label }) => Math.max(52, 7.2 * label.length));
+  const widths = ["48px", ...(FEATURES.text ? [wide(90)] : []), wide(72), ...numbers.map((pixels) => `${pixels}px`)];
   byId("grid").style.setProperty("--grid-columns", widths.join(" "));
-  byId("grid").style.setProperty("--grid-width", `${250 + 66 * COLUMNS.length}px`);
+  const needed = 48 + (FEATURES.text ? 90 : 0) + 72 + sum(numbers) + 8 * (widths.length - 1) + 20;
+  byId("page-features").style.setProperty("--grid-width", `${needed}px`);
   byId("grid").setAttribute("aria-colcount", widths.length);
   byId("grid").addEventListener("keydown", move);
   byId("grid").addEventListener("scroll", paintRows, { passive: true });
