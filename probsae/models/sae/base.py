@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pyro.distributions import Delta
@@ -153,6 +154,6 @@ class KeepingSAE(DeterministicSAE):
 
 def check_k(k: int, d_sae: int) -> int:
     """Return `k` if it is a number of features that can be active at once."""
-    if not 1 <= k <= d_sae:
-        raise ValueError(f"k must be between 1 and d_sae={d_sae}, got {k}")
+    if not isinstance(k, int | np.integer) or not 1 <= k <= d_sae:
+        raise ValueError(f"k must be a whole number between 1 and d_sae={d_sae}, got {k!r}")
     return int(k)
