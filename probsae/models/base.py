@@ -18,6 +18,7 @@ from probsae.activations.geometric_median import geometric_median
 from probsae.activations.resources import check_memory
 from probsae.activations.scaling import limit_norms
 from probsae.activations.source import check_activations
+from probsae.distributions.rows import expand_row
 from probsae.models.code_posterior import CodePosterior, check_codes
 from probsae.models.programs import as_event, generate, infer
 
@@ -240,7 +241,8 @@ class SparseDictionary(nn.Module, ABC):
     def decode(self, z: Float[Tensor, "*batch d_sae"] | np.ndarray) -> Float[Tensor, "*batch d_in"]:
         """Return the activations that the codes `z`, a tensor or an array, stand for."""
         z = check_codes(z, self.d_sae).to(self.b_dec)
-        x_hat = self.product(z, self.directions) + self.b_dec
+        product = self.product(z, self.directions)
+        x_hat = product + expand_row(self.b_dec, product)
         correction = self.correction(z)
         return x_hat if correction is None else x_hat + correction
 

@@ -522,3 +522,5 @@ def test_a_model_that_couples_tokens_is_given_whole_batches():
     assert step.piece_tokens(ps.BatchTopKSAE(d_in=8, d_sae=2**13, k=2), 4096) == 4096
     assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 4096) == 256
     assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 1000) == 250
+    assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 4096, is_compiled=True) == 512
+    assert step.piece_tokens(ps.SpikeSlabDictionary(8, 2**13), 4096, is_compiled=True) == 256

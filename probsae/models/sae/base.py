@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import SpikeSlab, TruncatedNormal
+from probsae.distributions.rows import expand_row
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import typical_code_size
@@ -78,9 +79,8 @@ class DeterministicSAE(SparseDictionary):
         constant = self.b_dec.detach()
         # This term is 0; it carries b_dec's gradient without a product by every token.
         shift = (constant - self.b_dec) @ self.W_enc
-        # Subtracted, because inductor makes product + row an addmm, which first copies the row
-        # to every token; a difference it fuses with what comes after.
-        return self.product(x - constant, self.W_enc) - (-self.b_enc - shift)
+        product = self.product(x - constant, self.W_enc)
+        return product + expand_row(self.b_enc + shift, product)
 
     def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
         pre_activation = self.pre_activation(x)
