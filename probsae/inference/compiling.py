@@ -15,7 +15,7 @@ from probsae.inference.elbo import Objective, objective
 try:
     from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 except ImportError:  # a torch that has no such hooks; a step takes a third longer
-    CustomGraphPass = CustomPartitionerFn = None
+    CustomGraphPass, CustomPartitionerFn = None, None
 
 
 def compiled_objective(on_cpu: bool) -> Callable[..., Objective]:
@@ -33,7 +33,7 @@ def compiled_objective(on_cpu: bool) -> Callable[..., Objective]:
     return torch.compile(copy, fullgraph=True, options=options)
 
 
-if CustomPartitionerFn is not None:
+if CustomGraphPass is not None and CustomPartitionerFn is not None:
 
     class _KeepWhatIsSaved(CustomPartitionerFn):
         """Hand the backward pass what autograd saved, and nothing else.
