@@ -19,8 +19,14 @@ from sklearn import cluster, decomposition
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from probsae.activations.source import ActivationData, check_activations, take
-from probsae.models.code_posterior import CodePosterior, PointPosterior
+from probsae.activations.resources import check_memory
+from probsae.activations.source import (
+    ActivationData,
+    check_activations,
+    check_tokens_differ,
+    take,
+)
+from probsae.models.code_posterior import CodePosterior, PointPosterior, check_codes
 
 
 class Baseline(ABC):
@@ -30,6 +36,8 @@ class Baseline(ABC):
     ----------
     d_sae : int
         Number of features asked for; PCA and ICA keep at most d_in.
+    d_in : int, optional
+        Width of the activations; that of the data it is fitted to where None.
     n_tokens : int
         Tokens of the data to fit on (all of them, where there are fewer).
     seed : int, default 0
@@ -45,11 +53,20 @@ class Baseline(ABC):
 
     default_n_tokens = 100_000
 
-    def __init__(self, d_sae: int, *, n_tokens: int | None = None, seed: int = 0):
-        if d_sae < 1:
-            raise ValueError(f"d_sae must be at least 1, got {d_sae}")
-        self.d_sae, self.seed = d_sae, seed
-        self.n_tokens = n_tokens or self.default_n_tokens
+    def __init__(
+        self,
+        d_sae: int,
+        *,
+        d_in: int | None = None,
+        n_tokens: int | None = None,
+        seed: int = 0,
+    ):
+        n_tokens = self.default_n_tokens if n_tokens is None else n_tokens
+        for name, value in (("d_sae", d_sae), ("d_in", d_in), ("n_tokens", n_tokens)):
+            if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        self.d_sae, self.n_tokens, self.seed = int(d_sae), int(n_tokens), seed
+        self._d_in = d_in
         self.W_dec: Tensor | None = None
         self.b_dec: Tensor | None = None
 
@@ -62,13 +79,22 @@ class Baseline(ABC):
         """Return the codes of activations."""
 
     def fit(self, data: ActivationData) -> Baseline:
-        """Find the dictionary in `data`, a tensor, array, store, source or iterator."""
-        x = check_activations(take(data, self.n_tokens, seed=self.seed, device="cpu"))
+        """Find the dictionary in `data`, a tensor, array, store, source or iterator.
+
+        Raises
+        ------
+        ValueError
+            If the data have fewer tokens than features, another width, or all tokens are equal.
+        MemoryError
+            If the method would not fit; nothing is changed then.
+        """
+        x = check_activations(take(data, self.n_tokens, seed=self.seed, device="cpu"), self._d_in)
         if self.d_sae > len(x):
             raise ValueError(
                 f"{type(self).__name__} needs at least as many tokens as features: "
                 f"d_sae={self.d_sae}, got {len(x)} tokens"
             )
+        check_tokens_differ(x)
         with warnings.catch_warnings():
             # The budget is set by the caller; that it ended the search is no news to a comparison.
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -88,17 +114,15 @@ class Baseline(ABC):
         x = check_activations(x, W_dec.shape[1]).float().cpu()
         return PointPosterior(self._codes(x))
 
-    def decode(self, z: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_in"]:
-        """Return the activations that the codes stand for."""
+    def decode(self, z: Float[Tensor, "*batch d_sae"] | np.ndarray) -> Float[Tensor, "*batch d_in"]:
+        """Return the activations that the codes `z`, a tensor or an array, stand for."""
         W_dec, b_dec = self._fitted()
-        if z.shape[-1] != len(W_dec):
-            raise ValueError(f"z must have d_sae={len(W_dec)} columns, got shape {tuple(z.shape)}")
-        return z @ W_dec + b_dec
+        return check_codes(z, len(W_dec)).to(W_dec) @ W_dec + b_dec
 
     @property
     def d_in(self) -> int:
         """Width of the activations."""
-        return self._fitted()[0].shape[1]
+        return self._d_in if self._d_in is not None else self._fitted()[0].shape[1]
 
     def _fitted(self) -> tuple[Tensor, Tensor]:
         if self.W_dec is None or self.b_dec is None:
@@ -141,6 +165,8 @@ class KMedoids(KMeans):
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens = torch.as_tensor(x[x.any(axis=1)], dtype=torch.float32)
+        # The matrix, and what it is made of.
+        check_memory(8 * len(tokens) ** 2, f"distances between {len(tokens)} tokens")
         distance = torch.cdist(tokens, tokens).numpy()
         result = kmedoids.fasterpam(distance, self.d_sae, random_state=self.seed, n_cpu=1)
         self.centers = tokens[torch.as_tensor(result.medoids.astype(np.int64))]
@@ -232,9 +258,15 @@ class MiniBatchDictionaryLearning(Baseline):
     default_n_tokens = 20_000
 
     def __init__(
-        self, d_sae: int, *, n_tokens: int | None = None, seed: int = 0, alpha: float = 0.1
+        self,
+        d_sae: int,
+        *,
+        d_in: int | None = None,
+        n_tokens: int | None = None,
+        seed: int = 0,
+        alpha: float = 0.1,
     ):
-        super().__init__(d_sae, n_tokens=n_tokens, seed=seed)
+        super().__init__(d_sae, d_in=d_in, n_tokens=n_tokens, seed=seed)
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, got {alpha}")
         self.alpha = alpha

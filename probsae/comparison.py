@@ -44,7 +44,11 @@ class Row:
     """Share of true features with a learned one at cosine above .9."""
     share_found_chance: float | None = None
     precision: float | None = None
+    precision_chance: float | None = None
+    """Precision of calling every feature active, the base rate; recall's and F1's are of the same
+    prediction, the best that does not look at the token."""
     recall: float | None = None
+    recall_chance: float | None = None
     f1: float | None = None
     """Of the support p_active > .5, over all true features, unmatched ones counting as missed.
     Codes of learned features without a true one to match are not counted: there is nothing that
@@ -52,7 +56,6 @@ class Row:
     best_f1: float | None = None
     """At the best threshold on the codes' size (deterministic) or on p_active."""
     f1_chance: float | None = None
-    """F1 of calling every feature active, the best that does not look at the token."""
     brier: float | None = None
     """Mean squared difference of p_active and the truth, over found features."""
     brier_ratio: float | None = None
@@ -93,6 +96,9 @@ class Report:
         names, cells = self._cells()
         lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
         return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
+
+    def __rich__(self) -> Table:
+        return self.rich_table()
 
     def rich_table(self) -> Table:
         """Return the columns that matter most, to fit a terminal."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -21,16 +22,16 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
 
     Parameters
     ----------
-    dictionary : class, default SpikeSlabDictionary
-        Any dictionary that is built from `d_in` and `d_sae`.
+    model : class, default SpikeSlabDictionary
+        Any dictionary that is fitted step by step and built from `d_in` and `d_sae`.
     n_components : int, default 64
         Number of features.
     n_steps, batch_size : int
         Of the fit; batches are no larger than the data.
     learning_rate : float, optional
-        The dictionary's default where None.
-    dictionary_options : dict, optional
-        Further arguments of the dictionary, for instance `{"k": 8}`.
+        The model's default where None.
+    model_options : dict, optional
+        Further arguments of the model, for instance `{"k": 8}`.
     random_state : int, default 0
         Seed of the initial directions and of the batches' order.
 
@@ -53,22 +54,22 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
 
     def __init__(
         self,
-        dictionary=SpikeSlabDictionary,
+        model=SpikeSlabDictionary,
         n_components=64,
         *,
         n_steps=1_000,
         batch_size=1_024,
         learning_rate=None,
-        dictionary_options=None,
+        model_options=None,
         random_state=0,
     ):
         # Without type hints: scikit-learn's contract is that anything may be set, and `fit` checks.
-        self.dictionary = dictionary
+        self.model = model
         self.n_components = n_components
         self.n_steps = n_steps
         self.batch_size = batch_size
         self.learning_rate = learning_rate
-        self.dictionary_options = dictionary_options
+        self.model_options = model_options
         self.random_state = random_state
 
     def fit(self, X: Any, y: object = None) -> DictionaryEstimator:
@@ -83,8 +84,8 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         x = torch.from_numpy(np.array(X, dtype=np.float32))
         with torch.random.fork_rng():
             torch.manual_seed(self.random_state)
-            model = self.dictionary(
-                d_in=x.shape[1], d_sae=self.n_components, **(self.dictionary_options or {})
+            model = self.model(
+                d_in=x.shape[1], d_sae=self.n_components, **(self.model_options or {})
             )
         fit(
             model,
@@ -108,9 +109,17 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         """Return the posterior of the codes of `X`, in float64; see `SparseDictionary.encode`."""
         return self.dictionary_.encode(self._validated(X)[0])
 
-    def decode(self, Z: Any) -> np.ndarray:
-        """Return the activations that codes stand for; another name of `inverse_transform`."""
+    def decode(self, Z: Any) -> Any:
+        """Return the activations that codes stand for: a tensor for a tensor, else an array."""
+        check_is_fitted(self)
+        if isinstance(Z, torch.Tensor):
+            return self.dictionary_.decode(Z).detach()
         return self.inverse_transform(Z)
+
+    def dictionary(self) -> Float[torch.Tensor, "d_sae d_in"]:
+        """Return the features' directions: `components_` as a tensor."""
+        check_is_fitted(self)
+        return torch.from_numpy(self.components_)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probability that each feature is active, shape (token, n_components)."""

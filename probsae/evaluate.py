@@ -7,9 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from probsae.activations.source import ActivationData, check_activations, take
+from probsae.activations.source import (
+    ActivationData,
+    check_activations,
+    check_tokens_differ,
+    take,
+)
 from probsae.comparison import Report, Row
 from probsae.dictionary import Dictionary, posterior_batches
+from probsae.estimator import DictionaryEstimator
+from probsae.metrics.arrays import ArrayLike, as_tensor
 from probsae.models.base import SparseDictionary
 from probsae.scores import Scores
 from probsae.synthetic import SyntheticActivations
@@ -18,7 +25,7 @@ from probsae.synthetic import SyntheticActivations
 def evaluate(
     dictionaries: Dictionary | Sequence[Dictionary] | Mapping[str, Dictionary],
     data: ActivationData,
-    truth: SyntheticActivations | tuple[Tensor, Tensor] | None = None,
+    truth: SyntheticActivations | tuple[ArrayLike, ArrayLike] | None = None,
     *,
     n_tokens: int = 32_768,
     seed: int = 1,
@@ -49,12 +56,14 @@ def evaluate(
     Raises
     ------
     ValueError
-        If there is no dictionary, names repeat, widths differ or the codes do not fit the data.
+        If there is no dictionary, names repeat, widths differ, the codes do not fit the data, or
+        there are not two different tokens.
     TypeError
         If something else than a dictionary came.
     """
     named = _named(dictionaries)
     x, features, z = _held_out(data, truth, n_tokens, seed)
+    check_tokens_differ(x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rows = tuple(_row(name, item, x, features, z) for name, item in named.items())
@@ -63,13 +72,13 @@ def evaluate(
 
 def _held_out(
     data: ActivationData,
-    truth: SyntheticActivations | tuple[Tensor, Tensor] | None,
+    truth: SyntheticActivations | tuple[ArrayLike, ArrayLike] | None,
     n_tokens: int,
     seed: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the tokens and, as far as they are known, true features and codes."""
     if isinstance(truth, tuple):
-        features, z = truth
+        features, z = (as_tensor(part) for part in truth)
         x = check_activations(data)[:n_tokens]
         z = z[: len(x)]
         if z.shape != (len(x), len(features)):
@@ -128,4 +137,12 @@ def _named(
                 "evaluate compares fitted models and baselines, which encode and decode, got "
                 f"{type(item).__name__}; pass a model, a list of them, or a dict of names to them"
             )
-    return named
+    return {name: _fitted(item) for name, item in named.items()}
+
+
+def _fitted(item: Dictionary) -> Dictionary:
+    """Return the model inside a scikit-learn estimator, and anything else itself."""
+    if not isinstance(item, DictionaryEstimator):
+        return item
+    item.dictionary()  # which says so where it is not fitted
+    return item.dictionary_

@@ -117,8 +117,9 @@ class Scores:
             "recall": hits / n_true if n_true else 0.0,
             "f1": 2 * hits / max(1, n_predicted + n_true),
             "best_f1": best,
-            "f1_chance": recovery.support_chance(true, self.n_missing).f1,
         }
+        chance = recovery.support_chance(true, self.n_missing)
+        row |= {f"{name}_chance": value for name, value in chance._asdict().items()}
         return row | self._calibration(p, true, is_probabilistic)
 
     def _calibration(self, p: Tensor, true: Tensor, is_probabilistic: bool) -> dict[str, Any]:

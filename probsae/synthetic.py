@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from probsae.activations.resources import check_count, check_memory, choose_device
+
 Correlation = Literal["copula", "per_batch", "hierarchy"]
 Magnitudes = Literal["uniform", "uniform_product"] | tuple[float, float]
 
@@ -112,7 +114,7 @@ class SyntheticActivations:
         self.correlation: Correlation | None = correlation
         self.magnitudes: Magnitudes = magnitudes
         self.noise_scale, self.seed = noise_scale, seed
-        self.device = torch.device(device or "cpu")
+        self.device = choose_device(device or "cpu")
         # Drawn on the CPU: the same features on every device.
         generator = self._new_generator("features", torch.device("cpu"))
         features = torch.randn(n_features, d_in, generator=generator)
@@ -147,8 +149,7 @@ class SyntheticActivations:
         z : Tensor, shape (n_tokens, n_features)
             Codes; zero where a feature is not active.
         """
-        if n_tokens < 1:
-            raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+        check_count("n_tokens", n_tokens)
         if seed is None:
             return self._draw(n_tokens, self._generator)
         return self._draw(n_tokens, self._new_generator("sample", self.device, seed))
@@ -157,8 +158,7 @@ class SyntheticActivations:
         self, batch_size: int, *, seed: int = 0, device: str | torch.device | None = None
     ) -> Iterator[Float[Tensor, "token d_in"]]:
         """Endless fresh batches; a stream of its own for each (source seed, `seed`)."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_count("batch_size", batch_size)
         source = self if device is None else self.to(device)
         generator = self._new_generator("batches", source.device, seed)
         while True:
@@ -198,6 +198,9 @@ class SyntheticActivations:
         return torch.Generator(device=device).manual_seed(seed)
 
     def _draw(self, n_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if self.device.type == "cpu":  # codes and their uniforms; a GPU says it itself
+            n_bytes = 4 * n_tokens * (2 * self.n_features + self.d_in)
+            check_memory(n_bytes, f"{n_tokens} tokens of {self.n_features} features")
         is_active = self._support(n_tokens, generator)
         z = self._magnitudes((n_tokens, self.n_features), generator) * is_active
         x = z @ self.features
@@ -258,9 +261,9 @@ def firing_probability(n_features: int, n_active: float, decay: float) -> Float[
 
 
 def _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes, noise_scale):
-    for name, value in (("d_in", d_in), ("n_features", n_features)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_count("d_in", d_in)
+    check_count("n_features", n_features)
+    check_memory(4 * d_in * n_features, f"{n_features} features in {d_in} dimensions")
     if not 0 < decay <= 1:
         raise ValueError(f"decay must be in (0, 1], got {decay}")
     if not 0 < n_active <= n_features:
@@ -274,12 +277,12 @@ def _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes,
             "decay must be below 1 under correlation='hierarchy': where children are as frequent "
             "as their parent they fire whenever it does, and cannot be told from it"
         )
-    if noise_scale < 0:
-        raise ValueError(f"noise_scale must be at least 0, got {noise_scale}")
-    if isinstance(magnitudes, str):
-        is_known = magnitudes in ("uniform", "uniform_product")
+    if not 0 <= noise_scale < math.inf:
+        raise ValueError(f"noise_scale must be at least 0 and finite, got {noise_scale}")
+    if isinstance(magnitudes, list | tuple) and len(magnitudes) == 2:
+        is_known = all(math.isfinite(value) for value in magnitudes) and magnitudes[1] > 0
     else:
-        is_known = len(magnitudes) == 2 and magnitudes[1] > 0
+        is_known = magnitudes in ("uniform", "uniform_product")
     if not is_known:
         raise ValueError(
             "magnitudes must be 'uniform', 'uniform_product' or (mean, scale) with scale > 0, "

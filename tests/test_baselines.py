@@ -43,6 +43,11 @@ def test_four_verbs(fitted, data):
     torch.testing.assert_close(
         fitted.decode(posterior.mean), posterior.mean @ directions + fitted.b_dec
     )
+    for z in (posterior.mean.numpy(), posterior.mean.double()):
+        torch.testing.assert_close(fitted.decode(z), fitted.decode(posterior.mean))
+    again = fitted.encode(x.double().numpy())
+    torch.testing.assert_close(again.mean, posterior.mean, rtol=1e-4, atol=1e-5)
+    assert type(fitted)(d_in=12, d_sae=5).d_in == fitted.d_in == 12
 
 
 def test_reconstruction_beats_chance(fitted, data):
@@ -58,6 +63,7 @@ def test_same_seed_same_dictionary(fitted, data):
     torch.testing.assert_close(again.dictionary(), fitted.dictionary(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_bad_input(fitted):
     with pytest.raises(ValueError, match="d_in=12"):
         fitted.encode(torch.zeros(3, 5))
@@ -65,6 +71,14 @@ def test_bad_input(fitted):
         fitted.decode(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="as many tokens"):
         type(fitted)(d_sae=100).fit(torch.randn(20, 5))
+    with pytest.raises(ValueError, match="two different tokens"):
+        type(fitted)(d_sae=3).fit(torch.ones(30, 5))
+    with pytest.raises(ValueError, match="d_in=4 columns"):
+        type(fitted)(d_in=4, d_sae=3).fit(torch.randn(20, 5))
+    for name in ("d_sae", "n_tokens", "d_in"):
+        for value in (0, -1, 2.5):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                type(fitted)(**{"d_sae": 3, name: value})
     with pytest.raises(RuntimeError, match="call fit"):
         type(fitted)(d_sae=3).dictionary()
 

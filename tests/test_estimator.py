@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -14,7 +15,7 @@ from probsae.inference import NoiseFloorWarning
 @parametrize_with_checks(
     [
         ps.DictionaryEstimator(n_components=4, n_steps=3),
-        ps.DictionaryEstimator(ps.TopKSAE, n_components=4, n_steps=3, dictionary_options={"k": 1}),
+        ps.DictionaryEstimator(ps.TopKSAE, n_components=4, n_steps=3, model_options={"k": 1}),
     ]
 )
 def test_scikit_learn_checks(estimator, check):
@@ -43,6 +44,20 @@ def test_the_four_verbs():
     np.testing.assert_allclose(estimator.encode(X).mean.numpy(), estimator.transform(X))
     Z = estimator.transform(X)
     np.testing.assert_array_equal(estimator.decode(Z), estimator.inverse_transform(Z))
+    np.testing.assert_array_equal(
+        estimator.decode(torch.from_numpy(Z)), estimator.inverse_transform(Z)
+    )
+    np.testing.assert_array_equal(estimator.dictionary(), estimator.components_)
+
+
+def test_it_is_compared_like_the_model_inside():
+    X = np.random.default_rng(0).normal(size=(50, 6))
+    estimator = ps.DictionaryEstimator(n_components=8, n_steps=5).fit(X)
+    row = ps.evaluate([estimator], X).rows[0]
+    assert row.method == "DictionaryEstimator"
+    assert row.elbo == ps.evaluate([estimator.dictionary_], X).rows[0].elbo
+    with pytest.raises(NotFittedError):
+        ps.evaluate([ps.DictionaryEstimator()], X)
 
 
 def test_same_seed_same_model():

@@ -56,6 +56,9 @@ def test_an_oracle_is_perfect_and_half_of_one_half_so(data):
     assert row.f1_chance == pytest.approx(0.4, abs=0.02)
     assert 0 < row.mcc_chance < row.mmcs_chance < 1
     assert row.share_found_chance < 0.2
+    assert (row.precision_chance, row.recall_chance) == pytest.approx((0.25, 1), abs=0.01)
+    assert half.precision_chance == pytest.approx(0.25, abs=0.02)
+    assert half.recall_chance == pytest.approx(0.5, abs=0.03)
     # Half the codes' second moment over their variance: .5 (1/12) / (1/12 - 1/64).
     assert half.fvu == pytest.approx(0.615, abs=0.03)
 
@@ -66,6 +69,8 @@ def test_truth_as_tensors_gives_the_same(data):
     a = ps.evaluate(oracle, x, truth=(data.features, z))
     b = ps.evaluate(oracle, data, n_tokens=2000, seed=1)
     assert a.rows == b.rows
+    arrays = ps.evaluate(oracle, x.numpy(), truth=(data.features.numpy(), z.numpy()))
+    assert arrays.rows == b.rows
 
 
 def test_a_source_beside_activations_says_nothing_of_their_supports(data):
@@ -122,7 +127,7 @@ def test_forms(data):
     assert len(lines) == 3
     assert len({line.count("|") for line in lines}) == 1
     screen = io.StringIO()
-    Console(file=screen, width=250).print(report.rich_table())
+    Console(file=screen, width=250).print(report)  # which shows its rich_table
     assert "mmcs" in screen.getvalue()
     with pytest.raises(KeyError, match="no method 'b'"):
         report["b"]
@@ -137,6 +142,9 @@ def test_bad_input(data):
     with pytest.raises(ValueError, match="at least one dictionary"):
         ps.evaluate([], data)
     x, z = data.sample(50)
+    for n in (1, 5):
+        with pytest.raises(ValueError, match=f"two different tokens .* got {n}, all equal"):
+            ps.evaluate([Oracle(data.features)], torch.ones(n, 12))
     with pytest.raises(ValueError, match="features, codes"):
         ps.evaluate([Oracle(data.features)], x, truth=(data.features, z[:, :3]))
 

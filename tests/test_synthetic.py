@@ -128,10 +128,18 @@ def test_magnitude_laws():
         {"decay": 0.0},
         {"decay": 1.1},
         {"noise_scale": -1.0},
+        {"noise_scale": float("nan")},
+        {"d_in": 8.5},
         {"magnitudes": (1.0, 0.0)},
+        {"magnitudes": (1.0, float("nan"))},
+        {"magnitudes": (1.0, 0.5, 2.0)},
+        {"magnitudes": 3},
+        {"magnitudes": "normal"},
+        {"correlation": "all"},
         {"decay": 1.0, "correlation": "hierarchy"},
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_bad_arguments_name_themselves(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ps.SyntheticActivations(**options)

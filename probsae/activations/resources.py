@@ -1,4 +1,4 @@
-"""Is there room? Asked before hours of work, not after."""
+"""Is there room, and what was asked for? Asked before hours of work, not after."""
 
 from __future__ import annotations
 
@@ -6,8 +6,38 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+import torch
+
 # Of the control group that this process runs in: a container's limit is not the machine's.
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 1."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return `device`, or a GPU where there is one and None is asked for.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that torch knows, got {device!r}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(chosen)!r} needs a GPU and torch sees none; pass device='cpu', or None"
+        )
+    return chosen
 
 
 def available_memory() -> int | None:

@@ -91,6 +91,15 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
     return x
 
 
+def check_tokens_differ(x: Float[Tensor, "token d_in"]) -> None:
+    """Raise ValueError if all tokens are equal."""
+    if bool((x == x[0]).all()):
+        raise ValueError(
+            f"activations must hold at least two different tokens to have a variance, got {len(x)}"
+            ", all equal; is the hook, or the file, the right one?"
+        )
+
+
 def size_of(data: object) -> int | None:
     """Return the number of distinct tokens, where the data have one."""
     size = getattr(data, "n_tokens", None)

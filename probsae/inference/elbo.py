@@ -23,6 +23,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from probsae.distributions.rows import sum_over_tokens
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
 
@@ -117,7 +118,8 @@ def objective(
     posterior = model.posterior(x)
     terms = elbo_terms(model, x, posterior)
     extra = model.auxiliary_loss(x, posterior, kl_weight)
-    return summarize(model, x, terms, extra, posterior.p_active.detach().mean(0), kl_weight)
+    firing_rate = sum_over_tokens(posterior.p_active.detach()) / len(x)
+    return summarize(model, x, terms, extra, firing_rate, kl_weight)
 
 
 def summarize(
@@ -135,7 +137,7 @@ def summarize(
         auxiliary = auxiliary - log_prior / (model.n_tokens or len(x))
     log_likelihood, kl = terms.log_likelihood.mean(), terms.kl.mean()
     loss = kl_weight * kl - log_likelihood + auxiliary
-    total_variance = (x - x.mean(0)).square().sum()
+    total_variance = (x - sum_over_tokens(x) / len(x)).square().sum()
     return Objective(
         loss=loss,
         elbo=(log_likelihood - kl).detach(),

@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from probsae.activations.resources import choose_device
 from probsae.activations.source import ActivationData, size_of
 from probsae.inference.callbacks import Callback, FitState, load_checkpoint, steps_done
 from probsae.inference.guard import FiniteGuard, NonFiniteElboError
@@ -22,7 +23,6 @@ from probsae.inference.start import (
     check_counts,
     check_fit_memory,
     check_rate,
-    choose_device,
     open_data,
 )
 from probsae.inference.step import (
@@ -154,6 +154,7 @@ def fit(
     >>> result.n_tokens
     1280
     """
+    _check_types(model, callbacks, elbo)
     check_counts(n_steps, batch_size)
     if elbo is not None and objective is not None:
         raise ValueError("pass either elbo or objective, not both: each is the whole loss")
@@ -279,6 +280,20 @@ def warn_of_binding_floor(model: SparseDictionary) -> None:
             NoiseFloorWarning,
             stacklevel=3,
         )
+
+
+def _check_types(model: object, callbacks: object, elbo: object) -> None:
+    """Say it here where something else was passed than a fit can take."""
+    if not isinstance(model, SparseDictionary):
+        name = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"model must be a dictionary such as SpikeSlabDictionary(d_in=..., d_sae=...), "
+            f"got {name}{', a class: build it first' if isinstance(model, type) else ''}"
+        )
+    if isinstance(callbacks, Callback):
+        raise TypeError("callbacks must be several: pass one as [callback]")
+    if elbo is not None and not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo must be a pyro.infer.ELBO, got {type(elbo).__name__}")
 
 
 def _set_rates(state: FitState, schedule: Schedule, learning_rate: float) -> None:

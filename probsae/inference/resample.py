@@ -82,8 +82,8 @@ class ResampleDeadFeatures(Callback):
     def _resample(self, state: FitState, dead: Tensor) -> None:
         model = state.model
         assert isinstance(model, DeterministicSAE)
-        self.history.append((state.step, len(dead)))
         if len(dead) == 0:
+            self.history.append((state.step, 0))
             return
         seed = state.seed + state.step
         x = take(state.data, self.n_tokens, seed=seed, device=state.device)
@@ -93,6 +93,10 @@ class ResampleDeadFeatures(Callback):
         model.train(was_training)
         generator = torch.Generator().manual_seed(seed)
         weights = losses.double().square().cpu()
+        if not weights.any():  # nothing is left unexplained that a feature could point at
+            self.history.append((state.step, 0))
+            return
+        self.history.append((state.step, len(dead)))
         drawn = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
         direction = F.normalize(x[drawn.to(x.device)] - model.b_dec, dim=-1)
         is_alive = torch.ones(model.d_sae, dtype=torch.bool, device=state.device)

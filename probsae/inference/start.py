@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from probsae.activations.resources import check_memory
+from probsae.activations.resources import check_count, check_memory
 from probsae.activations.source import (
     ActivationData,
     ActivationSource,
@@ -28,15 +28,14 @@ _CODES_AT_ONCE = 4
 
 def check_counts(n_steps: int, batch_size: int) -> None:
     """Raise ValueError unless both are whole numbers of at least 1."""
-    for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    check_count("n_steps", n_steps)
+    check_count("batch_size", batch_size)
 
 
 def check_rate(learning_rate: float) -> float:
-    """Return the learning rate if it is positive."""
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    """Return the learning rate if it is positive and finite."""
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
     return learning_rate
 
 
@@ -46,11 +45,6 @@ def check_fit_memory(model: SparseDictionary, n_tokens: int, device: torch.devic
     n_bytes = 4 * (3 * n_parameters + _CODES_AT_ONCE * n_tokens * model.d_sae)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     check_memory(n_bytes, f"a fit of {model.d_sae} features in {model.d_in} dimensions", free)
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return `device`, or a GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def open_data(

@@ -25,6 +25,9 @@ _COMPILE_FROM = 4e11
 _VARIATIONAL_CODE = 1_000
 # Codes, 4 MB, at a time on a CPU: arrays of a whole batch leave its cache between two passes.
 _PIECE = 2**20
+# Of a compiled point posterior: few passes are left between its products, and larger pieces spare
+# it those over parameters (docs/decisions/cpu_steps.md).
+_COMPILED_POINT_PIECE = 2**22
 # Below this the matrix products lose more than the cache gains.
 _MIN_PIECE_TOKENS = 256
 
@@ -58,11 +61,11 @@ def training_step(
     if compile is None:
         compile = pays_to_compile([model], batch_size, n_steps)
     function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
-    n_tokens = piece_tokens(model, batch_size)
+    n_tokens, n_kept = (piece_tokens(model, batch_size, mode) for mode in (compile, False))
 
     def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
         if keeps_few(model, x):
-            return kept_step(model, x, kl_weight, n_tokens)
+            return kept_step(model, x, kl_weight, n_kept)
         return _differentiate(function, model, x, kl_weight, n_tokens)
 
     return step
@@ -94,11 +97,12 @@ def members_at_a_time(model: SparseDictionary, n_tokens: int) -> int:
     return max(1, _PIECE // (n_tokens * model.d_sae))
 
 
-def piece_tokens(model: SparseDictionary, batch_size: int) -> int:
+def piece_tokens(model: SparseDictionary, batch_size: int, is_compiled: bool = False) -> int:
     """Tokens that a step takes at a time: a divisor of the batch, all of it on a GPU."""
     if model.b_dec.is_cuda or model.couples_tokens:
         return batch_size
-    most = max(_MIN_PIECE_TOKENS, _PIECE // model.d_sae)
+    piece = _COMPILED_POINT_PIECE if is_compiled and model.is_deterministic else _PIECE
+    most = max(_MIN_PIECE_TOKENS, piece // model.d_sae)
     n_tokens = batch_size
     while n_tokens > most and n_tokens % 2 == 0:
         n_tokens //= 2

@@ -15,33 +15,38 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import beta
 from torch import Tensor
 
+from probsae.metrics.arrays import ArrayLike, as_tensor
+
 # Outside this band lie the trivial cases: nearly all inactive codes are given p < .02 by anyone.
 BAND = (0.02, 0.98)
 
 
-def brier(p_active: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"]) -> float:
+def brier(
+    p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
+) -> float:
     """Mean squared difference of probability and event; in [0, 1], lower is better."""
-    return float((p_active.double() - is_true.double()).square().mean())
+    return float((as_tensor(p_active).double() - as_tensor(is_true).double()).square().mean())
 
 
 def brier_ratio(
-    p_active: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"]
+    p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> float:
     """Brier score over that of the constant base rate; 1 is knowing the base rate, 0 the truth."""
-    rate = float(is_true.double().mean())
+    rate = float(as_tensor(is_true).double().mean())
     if not 0 < rate < 1:
         raise ValueError(f"the truth must hold active and inactive codes, got base rate {rate}")
     return brier(p_active, is_true) / (rate * (1 - rate))
 
 
 def log_score_per_positive(
-    p_active: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"]
+    p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> float:
     """Log-probability of all events over the number of active codes; nats, higher is better."""
+    is_true = as_tensor(is_true)
     n_positive = int(is_true.sum())
     if n_positive == 0:
         raise ValueError("the truth must hold at least one active code")
-    p = p_active.double()
+    p = as_tensor(p_active).double()
     return float(_log_in_float32(torch.where(is_true, p, 1 - p)).sum() / n_positive)
 
 
@@ -60,15 +65,15 @@ class Reliability(NamedTuple):
 
 
 def reliability(
-    p_active: Float[Tensor, "token pair"],
-    is_true: Bool[Tensor, "token pair"],
+    p_active: Float[ArrayLike, "token pair"],
+    is_true: Bool[ArrayLike, "token pair"],
     n_bins: int = 10,
     band: tuple[float, float] = (0.0, 1.0),
 ) -> Reliability:
     """Compare stated with observed frequency in `n_bins` equal bins of the probability."""
     if n_bins < 1 or not 0 <= band[0] < band[1] <= 1:
         raise ValueError(f"need n_bins >= 1 and 0 <= low < high <= 1, got {n_bins} and {band}")
-    p, event = p_active.double().flatten(), is_true.flatten()
+    p, event = as_tensor(p_active).double().flatten(), as_tensor(is_true).flatten()
     is_inside = (p >= band[0]) & (p <= band[1])
     p, event = p[is_inside], event[is_inside].double()
     index = ((p - band[0]) / (band[1] - band[0]) * n_bins).long().clamp(max=n_bins - 1)
@@ -84,8 +89,8 @@ def reliability(
 
 
 def band_ece(
-    p_active: Float[Tensor, "token pair"],
-    is_true: Bool[Tensor, "token pair"],
+    p_active: Float[ArrayLike, "token pair"],
+    is_true: Bool[ArrayLike, "token pair"],
     n_bins: int = 10,
     band: tuple[float, float] = BAND,
 ) -> float:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from probsae.metrics.arrays import ArrayLike, as_tensor
 
-def mse(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
+
+def mse(x: Float[ArrayLike, "token d_in"], x_hat: Float[ArrayLike, "token d_in"]) -> float:
     """Squared error summed over d_in, mean over tokens; squared units of x, lower is better."""
     x, x_hat = _checked(x, x_hat)
     return float((x - x_hat).square().sum(-1).double().mean())
 
 
-def fvu(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
+def fvu(x: Float[ArrayLike, "token d_in"], x_hat: Float[ArrayLike, "token d_in"]) -> float:
     """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean x|^2; lower is better.
 
     Both sums run over all tokens and dimensions. 1 is what the mean alone achieves; explained
@@ -30,9 +32,9 @@ def fvu(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> f
     return float((x - x_hat).square().double().sum() / total)
 
 
-def _checked(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(x: ArrayLike, x_hat: ArrayLike) -> tuple[Tensor, Tensor]:
     if x.shape != x_hat.shape:
         raise ValueError(
             f"x and x_hat must have one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}"
         )
-    return x.detach(), x_hat.detach()
+    return as_tensor(x), as_tensor(x_hat)

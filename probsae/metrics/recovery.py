@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-ArrayLike = Tensor | np.ndarray
+from probsae.metrics.arrays import ArrayLike, as_tensor
 
 # Rows of the larger dictionary whose cosines are held at once: 64 MB at 4,096 columns.
 _CHUNK = 4096
@@ -133,13 +133,14 @@ class SupportScores(NamedTuple):
 
 
 def support_scores(
-    is_active: Bool[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"]
+    is_active: Bool[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> SupportScores:
     """Compare supports of features already matched to each other, column by column.
 
     Unmatched true features are the caller's to keep: a column of False in `is_active` counts
     their misses.
     """
+    is_active, is_true = as_tensor(is_active), as_tensor(is_true)
     if is_active.shape != is_true.shape:
         raise ValueError(
             f"supports must have one shape, got {tuple(is_active.shape)} and "
@@ -152,13 +153,14 @@ def support_scores(
     return SupportScores(precision, recall, 2 * hits / max(1, n_predicted + n_true))
 
 
-def support_chance(is_true: Bool[Tensor, "token pair"], n_missing: int = 0) -> SupportScores:
+def support_chance(is_true: Bool[ArrayLike, "token pair"], n_missing: int = 0) -> SupportScores:
     """Scores of knowing nothing: every feature called active on every token.
 
     Of all predictions that do not look at the token, calling a share q of all codes active has
     precision r, the base rate, and recall q, so that q = 1 has the largest F1, 2 r / (1 + r).
     `n_missing` counts active true codes of features that have no column.
     """
+    is_true = as_tensor(is_true)
     n_hits = int(is_true.sum())
     n_true = n_hits + n_missing
     recall = n_hits / n_true if n_true else 0.0
@@ -166,7 +168,9 @@ def support_chance(is_true: Bool[Tensor, "token pair"], n_missing: int = 0) -> S
 
 
 def best_threshold_f1(
-    score: Float[Tensor, "token pair"], is_true: Bool[Tensor, "token pair"], n_missing: int = 0
+    score: Float[ArrayLike, "token pair"],
+    is_true: Bool[ArrayLike, "token pair"],
+    n_missing: int = 0,
 ) -> tuple[float, float]:
     """Return the largest F1 of `score > threshold` over all thresholds at least 0, and that one.
 
@@ -174,6 +178,7 @@ def best_threshold_f1(
     size of its codes, found with the truth in hand. `n_missing` counts active true codes of
     features that have no column: no threshold finds them.
     """
+    score, is_true = as_tensor(score), as_tensor(is_true)
     n_true = int(is_true.sum()) + n_missing
     is_candidate = score > 0
     order = torch.argsort(score[is_candidate], descending=True)
@@ -226,7 +231,7 @@ def chance_level(n_learned: int, n_true: int, d_in: int, seed: int = 0) -> dict[
 def _unit_rows(learned: ArrayLike, true: ArrayLike) -> tuple[Tensor, Tensor]:
     both = []
     for name, value in (("learned", learned), ("true", true)):
-        tensor = torch.as_tensor(value).detach().float()
+        tensor = as_tensor(value).float()
         if tensor.ndim != 2 or len(tensor) == 0:
             raise ValueError(
                 f"{name} must have shape (features, d_in) with at least one row, "

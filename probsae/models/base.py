@@ -18,7 +18,8 @@ from probsae.activations.geometric_median import geometric_median
 from probsae.activations.resources import check_memory
 from probsae.activations.scaling import limit_norms
 from probsae.activations.source import check_activations
-from probsae.models.code_posterior import CodePosterior
+from probsae.distributions.rows import expand_row
+from probsae.models.code_posterior import CodePosterior, check_codes
 from probsae.models.programs import as_event, generate, infer
 
 __all__ = ["SparseDictionary", "as_event"]
@@ -216,6 +217,8 @@ class SparseDictionary(nn.Module, ABC):
         ------
         ValueError
             If `x` has another width, no rows, or values that are not finite.
+        MemoryError
+            If the codes would not fit: encode fewer tokens at a time.
         TypeError
             If it is to be refined and the prior is not spike-and-slab.
         """
@@ -224,6 +227,9 @@ class SparseDictionary(nn.Module, ABC):
 
             return refined(self, x)
         x = check_activations(x, self.d_in).to(self.b_dec)
+        if not x.is_cuda:  # mean and p_active, at least; a GPU says it itself
+            n_bytes = 2 * len(x) * self.d_sae * x.element_size()
+            check_memory(n_bytes, f"the codes of {len(x)} tokens, {self.d_sae} features")
         was_training = self.training
         self.eval()
         try:
@@ -232,14 +238,11 @@ class SparseDictionary(nn.Module, ABC):
         finally:
             self.train(was_training)
 
-    def decode(self, z: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """Return the activations that the codes `z` stand for."""
-        if z.shape[-1] != self.d_sae:
-            raise ValueError(
-                f"z must have d_sae={self.d_sae} columns, got shape {tuple(z.shape)}; "
-                "did you pass activations?"
-            )
-        x_hat = self.product(z, self.directions) + self.b_dec
+    def decode(self, z: Float[Tensor, "*batch d_sae"] | np.ndarray) -> Float[Tensor, "*batch d_in"]:
+        """Return the activations that the codes `z`, a tensor or an array, stand for."""
+        z = check_codes(z, self.d_sae).to(self.b_dec)
+        product = self.product(z, self.directions)
+        x_hat = product + expand_row(self.b_dec, product)
         correction = self.correction(z)
         return x_hat if correction is None else x_hat + correction
 
@@ -315,7 +318,9 @@ class SparseDictionary(nn.Module, ABC):
         x = check_activations(x, self.d_in).to(self.b_dec)
         self.b_dec.copy_(geometric_median(x))
         x_centered = limit_norms(x - self.b_dec)
-        deviation = x_centered.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+        # Equal tokens have no deviation: what rounding leaves of their size stands in for it.
+        least = torch.finfo(x.dtype).eps * x.abs().max().clamp(min=torch.finfo(x.dtype).eps)
+        deviation = x_centered.square().mean().sqrt().clamp(min=least)
         if self.learn_noise:
             self.log_noise_scale.copy_(deviation.log())
             if self.noise_floor == 0:

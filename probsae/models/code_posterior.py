@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
@@ -103,3 +104,20 @@ class CodePosterior:
 def PointPosterior(z: Float[Tensor, "token d_sae"]) -> CodePosterior:
     """Posterior of a method without uncertainty: all mass on the codes `z`."""
     return CodePosterior(dist.Delta(z, validate_args=False))
+
+
+def check_codes(z: Tensor | np.ndarray, d_sae: int) -> Tensor:
+    """Return `z` as a tensor, or say why it cannot be decoded.
+
+    Raises
+    ------
+    ValueError
+        If the last axis is not d_sae long.
+    """
+    z = torch.as_tensor(z)
+    if z.ndim == 0 or z.shape[-1] != d_sae:
+        raise ValueError(
+            f"z must have d_sae={d_sae} columns, got shape {tuple(z.shape)}; "
+            "did you pass activations?"
+        )
+    return z

@@ -117,8 +117,10 @@ class SpikeSlabDictionary(SparseDictionary):
         super().__init__(
             d_in, d_sae, noise_scale=noise_scale, noise_floor=noise_floor, learn_noise=learn_noise
         )
-        if encoder_steps < 0:
-            raise ValueError(f"encoder_steps must be at least 0, got {encoder_steps}")
+        if not isinstance(encoder_steps, int) or encoder_steps < 0:
+            raise ValueError(
+                f"encoder_steps must be a whole number of at least 0, got {encoder_steps!r}"
+            )
         # Measured in 256, 576 and 1,536 dimensions, see docs/decisions/damping.md.
         self.default_learning_rate = min(1e-2, max(1.8 / d_in, 7e-3))
         self.encoder_steps = encoder_steps

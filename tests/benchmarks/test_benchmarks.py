@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # code whose shapes are checked at run time, as they are in tests.
 SIZES = "d_in=16, d_sae=32, batch_size=64, n_rounds=1"
 BENCHMARKS = {
-    "fit_overhead": (f"{SIZES}, n_steps=7", "share_of_ceiling"),
+    "fit_overhead": (f"{SIZES}, n_steps=7, n_whole=8", "whole_fits"),
     "posterior": (f"{SIZES}, n_steps=6, n_polished=3, n_fitted=10", "shapes"),
     "ensemble": (
         "d_in=16, d_sae=32, batch_sizes=(64,), n_members=2, n_rounds=1, n_steps=5, "

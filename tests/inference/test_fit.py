@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import probsae as ps
 from probsae.activations import ActivationStore, StoreWriter
@@ -117,12 +118,56 @@ def test_a_path_of_a_store_is_told_from_other_paths(tmp_path):
         {"batch_size": -1},
         {"batch_size": 32.0},
         {"learning_rate": -1.0},
+        {"learning_rate": float("inf")},
+        {"device": "gpu"},
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
 def test_unusable_settings_are_refused(options, source):
     with pytest.raises(ValueError, match=next(iter(options))):
         ps.fit(small_model(), source, **(OPTIONS | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": ps.TopKSAE}, "got TopKSAE, a class: build it first"),
+        ({"model": torch.nn.Linear(8, 8)}, "got Linear"),
+        ({"callbacks": Callback()}, r"\[callback\]"),
+        ({"elbo": "exact"}, "pyro.infer.ELBO, got str"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_other_things_are_refused(options, words, source):
+    with pytest.raises(TypeError, match=words):
+        ps.fit(**{"model": small_model(), "data": source, **OPTIONS, **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_so(source):
+    with pytest.raises(ValueError, match="needs a GPU and torch sees none"):
+        ps.fit(small_model(), source, **(OPTIONS | {"device": "cuda"}))
+    with pytest.raises(ValueError, match="needs a GPU and torch sees none"):
+        ps.SyntheticActivations(device="cuda")
+
+
+@pytest.mark.parametrize("cls", [ps.ReLUSAE, ps.TopKSAE, ps.SpikeSlabDictionary])
+def test_adam_never_sees_a_gradient_along_a_direction(source, cls):
+    """Whichever way the step is taken, dense or through kept codes."""
+    model, seen = small_model(cls), []
+
+    def look(optimizer, *_):
+        gradient = model.W_dec.grad
+        along = (gradient * model.W_dec).sum(1).abs().max()
+        seen.append(float(along.detach() / gradient.norm(dim=1).max()))
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        ps.fit(model, source, **OPTIONS)
+    finally:
+        hook.remove()
+    assert len(seen) == 30
+    assert max(seen) < 1e-5
 
 
 def test_a_nonfinite_batch_stops_the_fit_at_the_last_good_step(source):
@@ -477,3 +522,5 @@ def test_a_model_that_couples_tokens_is_given_whole_batches():
     assert step.piece_tokens(ps.BatchTopKSAE(d_in=8, d_sae=2**13, k=2), 4096) == 4096
     assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 4096) == 256
     assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 1000) == 250
+    assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 4096, is_compiled=True) == 512
+    assert step.piece_tokens(ps.SpikeSlabDictionary(8, 2**13), 4096, is_compiled=True) == 256

@@ -119,3 +119,21 @@ def test_a_square_dictionary_keeps_its_location():
     assert resample.history[-1][1] == len(DEAD)
     assert torch.equal(before.seen["b_dec"], after.seen["b_dec"])
     assert bool((before.seen["b_dec"] != 0).all())
+
+
+def test_nothing_unexplained_leaves_dead_features_alone():
+    """Every loss is 0: no input can be drawn in proportion to it."""
+    x = torch.zeros(100, 4)
+    x[::2, 0] = 1.0
+    model = ps.TopKSAE(d_in=4, d_sae=6, k=1)
+    with torch.no_grad():
+        model.W_dec[:4] = torch.eye(4)
+        model.W_dec[4:] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+        model.W_enc.copy_(model.W_dec.T)
+        model.b_enc[1:] = -100.0
+    model.is_initialized.fill_(True)
+    before = model.W_dec.detach().clone()
+    resample = ResampleDeadFeatures([2], dead_after=2, n_tokens=100)
+    ps.fit(model, x, n_steps=2, batch_size=50, learning_rate=1e-9, callbacks=[resample])
+    assert resample.history == [(2, 0)]
+    torch.testing.assert_close(model.W_dec.detach(), before)

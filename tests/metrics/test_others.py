@@ -8,6 +8,7 @@ import torch
 from probsae.metrics import (
     alive_features,
     band_ece,
+    best_threshold_f1,
     brier,
     brier_ratio,
     dead_features,
@@ -20,6 +21,8 @@ from probsae.metrics import (
     mean_interval_width,
     mse,
     reliability,
+    support_chance,
+    support_scores,
 )
 
 P = torch.tensor([[0.9, 0.1], [0.6, 0.0], [0.2, 0.0]])
@@ -85,3 +88,19 @@ def test_intervals():
     assert interval_coverage(lower, upper, z, where) == 1
     assert mean_interval_width(lower, upper) == 1.5
     assert mean_interval_width(lower, upper, where) == 1
+
+
+def test_arrays_are_taken_as_tensors_are():
+    x, x_hat = torch.randn(6, 3), torch.randn(6, 3)
+    event = torch.rand(6, 3) < 0.5
+    p = torch.rand(6, 3)
+    for metric, arguments in (
+        (fvu, (x, x_hat)), (mse, (x, x_hat)), (l0, (p,)), (brier, (p, event)),
+        (brier_ratio, (p, event)), (log_score_per_positive, (p, event)), (band_ece, (p, event)),
+        (support_scores, (p > 0.5, event)), (support_chance, (event,)),
+        (best_threshold_f1, (p, event)),
+    ):  # fmt: skip
+        assert metric(*(a.numpy() for a in arguments)) == metric(*arguments), metric
+    for of in (firing_rates, alive_features, dead_features):
+        assert torch.equal(of(p.numpy()), of(p))
+    assert torch.equal(density_histogram(p[0].numpy())[0], density_histogram(p[0])[0])

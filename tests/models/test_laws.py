@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 
 import numpy as np
 import pyro
@@ -12,7 +13,7 @@ from torch.distributions import kl_divergence
 
 import probsae.models as models
 from probsae.distributions import SpikeSlab
-from probsae.inference import ExactELBO, elbo_terms, fit, objective
+from probsae.inference import ExactELBO, NoiseFloorWarning, elbo_terms, fit, objective
 from probsae.models.base import SparseDictionary, as_event
 
 D_IN, D_SAE, N_TOKENS = 6, 10, 64
@@ -133,6 +134,7 @@ def test_pyro_programs_and_engine_agree_without_variance(variant):
         engine = objective(model, x, kl_weight).loss
         engine.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        draws = []
         for _ in range(2):  # two draws of the guide: the same number, to rounding
             model.zero_grad()
             model.load_state_dict(state)
@@ -143,6 +145,9 @@ def test_pyro_programs_and_engine_agree_without_variance(variant):
             for n, parameter in model.named_parameters():
                 if n in gradients:
                     torch.testing.assert_close(parameter.grad, gradients[n], rtol=1e-6, atol=1e-8)
+            draws.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        for a, b in zip(*draws, strict=True):  # no variance: rounding is all that differs
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @every_linear
@@ -229,8 +234,9 @@ def test_bad_input_is_named(variant):
         model.encode(torch.zeros(0, D_IN))
     with pytest.raises(ValueError, match="d_sae=10 columns"):
         model.decode(torch.zeros(3, D_IN, dtype=torch.float64))
-    with pytest.raises(ValueError, match="d_sae must be"):
-        variant[0](d_in=D_IN, d_sae=0)
+    for d_sae in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="d_sae must be"):
+            variant[0](d_in=D_IN, d_sae=d_sae)
     with pytest.raises(ValueError, match="level"):
         model.encode(x).interval(1.0)
 
@@ -258,6 +264,28 @@ def test_fit_improves_and_is_reproducible(variant):
     torch.testing.assert_close(again, once_more, rtol=0, atol=0)
     norms = fitted[0].model.W_dec.norm(dim=-1)
     torch.testing.assert_close(norms, torch.ones(D_SAE), rtol=0, atol=1e-6)
+
+
+@every
+def test_small_and_odd_input(variant):
+    """Arrays, other precisions, one token, narrow dictionaries, batches larger than the data."""
+    model, x = build(variant)
+    post = model.encode(x[:1])
+    assert post.mean.shape == post.sample(2)[0].shape == (1, D_SAE)
+    z = model.encode(x).mean
+    for other in (z.numpy(), z.float(), z.numpy().astype(np.float32)):
+        torch.testing.assert_close(model.decode(other), model.decode(z), rtol=1e-5, atol=1e-5)
+    for other in (x.numpy(), x.float(), x.float().numpy()):
+        torch.testing.assert_close(model.encode(other).mean, z, rtol=1e-4, atol=1e-4)
+    cls, options = variant
+    one = x[:1].float()
+    for data, d_sae in ((x[:20].numpy(), 3), (one, 12), (0 * one, 12), (x[:20].half(), 1)):
+        small = cls(d_in=D_IN, d_sae=d_sae, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoiseFloorWarning)
+            result = fit(small, data, n_steps=1, batch_size=100, device="cpu", progress=False)
+        assert result.n_tokens == 100
+        assert np.isfinite(result.history["elbo"][0])
 
 
 @every_linear

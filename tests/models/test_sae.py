@@ -177,6 +177,24 @@ def test_a_fit_that_would_not_fit_is_refused_and_changes_nothing(monkeypatch):
     ps.fit(model, torch.randn(200, 64), n_steps=1, batch_size=100)
 
 
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: ps.ReLUSAE(4, 50).encode(torch.randn(3_000, 4)), "the codes of 3000 tokens"),
+        (lambda: ps.SyntheticActivations(n_features=5_000), "5000 features in 256 dimensions"),
+        (lambda: ps.SyntheticActivations(4, 9, 2).sample(10**5), "100000 tokens of 9 features"),
+        (
+            lambda: ps.baselines.KMedoids(5, n_tokens=1_000).fit(torch.randn(1_000, 4)),
+            "distances between 1000 tokens",
+        ),
+    ],
+)
+def test_whatever_is_large_asks_first(monkeypatch, use, message):
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**6)
+    with pytest.raises(MemoryError, match=message):
+        use()
+
+
 def test_a_container_s_limit_counts(monkeypatch, tmp_path):
     free = resources.available_memory()
     assert free is None or free > 10_000
@@ -192,11 +210,14 @@ def test_a_container_s_limit_counts(monkeypatch, tmp_path):
     assert resources.available_memory() == pytest.approx(free, rel=0.5)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: ps.TopKSAE(4, 8, k=9), "k must be"),
         (lambda: ps.TopKSAE(4, 8, k=0), "k must be"),
+        (lambda: ps.TopKSAE(4, 8, k=2.5), "k must be a whole number"),
+        (lambda: ps.SpikeSlabDictionary(4, 8, encoder_steps=1.5), "encoder_steps"),
         (lambda: ps.ReLUSAE(4, 8, l1_coefficient=0), "l1_coefficient"),
         (lambda: ps.JumpReLUSAE(4, 8, bandwidth=-1), "bandwidth"),
         (lambda: ps.GatedSAE(4, 8, l1_coefficient=-1), "l1_coefficient"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from probsae.activations.resources import choose_device
 from probsae.activations.source import ActivationData
 from probsae.inference.callbacks import Callback
 from probsae.inference.ensemble.fits import warn_of_divergence
@@ -14,7 +15,7 @@ from probsae.inference.ensemble.stacked import Setup, Wish, check_passes, fit_st
 from probsae.inference.fit import FitResult, fit
 from probsae.inference.guard import NonFiniteElboError
 from probsae.inference.schedule import Schedule
-from probsae.inference.start import check_counts, check_rate, choose_device
+from probsae.inference.start import check_counts, check_rate
 from probsae.inference.step import Precision
 from probsae.models.base import SparseDictionary
 

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pyro.distributions import Delta
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import SpikeSlab, TruncatedNormal
+from probsae.distributions.rows import expand_row
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import typical_code_size
@@ -77,9 +79,8 @@ class DeterministicSAE(SparseDictionary):
         constant = self.b_dec.detach()
         # This term is 0; it carries b_dec's gradient without a product by every token.
         shift = (constant - self.b_dec) @ self.W_enc
-        # Subtracted, because inductor makes product + row an addmm, which first copies the row
-        # to every token; a difference it fuses with what comes after.
-        return self.product(x - constant, self.W_enc) - (-self.b_enc - shift)
+        product = self.product(x - constant, self.W_enc)
+        return product + expand_row(self.b_enc + shift, product)
 
     def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
         pre_activation = self.pre_activation(x)
@@ -153,6 +154,6 @@ class KeepingSAE(DeterministicSAE):
 
 def check_k(k: int, d_sae: int) -> int:
     """Return `k` if it is a number of features that can be active at once."""
-    if not 1 <= k <= d_sae:
-        raise ValueError(f"k must be between 1 and d_sae={d_sae}, got {k}")
+    if not isinstance(k, int | np.integer) or not 1 <= k <= d_sae:
+        raise ValueError(f"k must be a whole number between 1 and d_sae={d_sae}, got {k!r}")
     return int(k)

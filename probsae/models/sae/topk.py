@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -70,7 +71,8 @@ class TopKSAE(KeepingSAE):
         dead_after_tokens: int = 100_000,
     ):
         k = min(32, max(1, d_sae)) if k is None else k
-        super().__init__(d_in, d_sae, reference_rate=k / max(1, d_sae))
+        rate = k / max(1, d_sae) if isinstance(k, int | np.integer) else 0.0  # refused below
+        super().__init__(d_in, d_sae, reference_rate=rate)
         if auxiliary_coefficient < 0 or dead_after_tokens < 1:
             raise ValueError(
                 "auxiliary_coefficient must be at least 0 and dead_after_tokens at least 1, "
