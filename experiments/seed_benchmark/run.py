@@ -95,8 +95,9 @@ class Job:
 def tuning_jobs() -> list[Job]:
     """Grids of the deterministic SAEs; k may know the truth.
 
-    A wide one at half the steps, then with noise a fine one around its best at the comparison's.
-    At .001 to .01 a ReLU SAE's MMCS still rises with the rate: its grid lies higher.
+    A wide one at half the steps or less, then a fine one around its best at the comparison's:
+    without noise short fits ask for a larger k than long ones. At .001 to .01 a ReLU SAE's MMCS
+    still rises with the rate: its grid lies higher.
     """
     usual, high = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
     grids = [
@@ -117,8 +118,11 @@ def tuning_jobs() -> list[Job]:
         ("GatedSAE", (3e-3, 1e-2), [{"l1_coefficient": c} for c in (0.1, 0.2, 0.4)]),
         ("JumpReLUSAE", (3e-3, 1e-2), [{"l0_coefficient": c} for c in (0.1, 0.2, 0.4)]),
     ]
+    without_noise = [
+        (model, usual, [{"k": k} for k in (4, 5, 6)]) for model in ("BatchTopKSAE", "TopKSAE")
+    ]
     stages = [(noise, N_TUNING_STEPS, grids) for noise in N_STEPS]
-    stages.append((0.05, N_STEPS[0.05], fine))
+    stages += [(0.05, N_STEPS[0.05], fine), (0.0, N_STEPS[0.0], without_noise)]
     return [
         Job(model, noise, "none", TUNING_SEED, options, rate, n_steps)
         for noise, n_steps, stage in stages
