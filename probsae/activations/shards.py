@@ -74,8 +74,8 @@ def write_shard(data: TokenData, path: Path) -> None:
         "documents": data.documents,
         "positions": data.positions,
         "norms": x.norm(dim=1),
-        "sum": x.double().sum(0),
-        "square_sum": x.double().square().sum(0),
+        "sum": x.sum(0, dtype=torch.float64),
+        "square_sum": x.double().square_().sum(0),
         "max_abs": x.abs().amax(0),
     }
     write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}))
