@@ -224,6 +224,7 @@ def test_a_saved_model_is_the_same_model(variant, tmp_path):
 
 
 @every
+@pytest.mark.usefixtures("unchecked_types")
 def test_bad_input_is_named(variant):
     model, x = build(variant)
     with pytest.raises(ValueError, match="d_in=6 columns"):
