@@ -75,7 +75,7 @@ def ensemble(
             models, x, n_steps=n_steps, batch_size=batch_size, compile=compile,
             callbacks=callbacks, progress=False, device=x.device,
         )  # fmt: skip
-        return stopwatch.mean(n_warm=2) if whole_fit else stopwatch.median(n_warm=2)
+        return stopwatch.mean(n_warm=3) if whole_fit else stopwatch.median(n_warm=2)
 
     return run
 
@@ -91,7 +91,7 @@ def bare(
             stopwatch = Stopwatch()
             loop = BareLoop(x.shape[1], d_sae, k).to(x.device)
             loop.run(x, batch_size, n_steps, stopwatch)
-            total += stopwatch.median(n_warm=2)
+            total += stopwatch.median(n_warm=3)
         return total
 
     return run

@@ -2,8 +2,8 @@
 
     python -m benchmarks.fit_overhead   # prints, and writes results/fit_overhead-<device>.json
 
-All methods run in turns in one process with the same threads; a figure is the median over rounds
-of the median step. The bare loop is what one writes by hand: Adam, unit decoder rows with the
+All methods run in one process with the same threads and take their steps in turns, so that what a
+neighbour on the machine does to one it does to all; a figure is the median step. The bare loop is what one writes by hand: Adam, unit decoder rows with the
 gradient's parallel part removed, nothing logged, nothing checked. The ceiling is the matrix product
 of the same shapes, measured on the spot.
 
@@ -17,8 +17,11 @@ import json
 import platform
 import statistics
 import subprocess
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +74,85 @@ def now() -> float:
 
 
 class Stopwatch(Callback):
-    """Records when each step ended."""
+    """Records how long each step took."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.steps: list[float] = []
+        self.began = now()
 
     def on_step(self, state: FitState) -> None:
-        if state.device.type == "cuda":
+        self.end_step(is_on_gpu=state.device.type == "cuda")
+
+    def end_step(self, is_on_gpu: bool) -> None:
+        """Record a step, and begin the next one."""
+        if is_on_gpu:
             torch.cuda.synchronize()
-        self.times.append(now())
+        self.steps.append(now() - self.began)
+        self.began = now()
 
     def median(self, n_warm: int) -> float:
         """Median step in seconds, without the first ones."""
-        steps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
-        return statistics.median(steps[n_warm:])
+        return statistics.median(self.steps[n_warm:])
 
     def mean(self, n_warm: int) -> float:
         """Mean step in seconds, without the first ones: for steps that change as a fit goes on."""
-        return (self.times[-1] - self.times[n_warm]) / (len(self.times) - 1 - n_warm)
+        return statistics.fmean(self.steps[n_warm:])
+
+
+class Turns:
+    """Whose turn it is among loops that each run in a thread of their own."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._order, self._changed = deque(names), threading.Condition()
+
+    def wait(self, name: str) -> None:
+        """Return when it is this one's turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._order[0] == name)
+
+    def pass_on(self) -> None:
+        """Let the next one go."""
+        with self._changed:
+            self._order.rotate(-1)
+            self._changed.notify_all()
+
+    def leave(self, name: str) -> None:
+        """Let the others go on alone."""
+        with self._changed:
+            self._order.remove(name)
+            self._changed.notify_all()
+
+
+class _InTurns(Stopwatch):
+    """Times a loop's steps, and after each lets the other loops take theirs."""
+
+    def __init__(self, name: str, turns: Turns):
+        super().__init__()
+        self.name, self.turns = name, turns
+
+    def end_step(self, is_on_gpu: bool) -> None:
+        super().end_step(is_on_gpu)
+        self.turns.pass_on()
+        self.turns.wait(self.name)
+        self.began = now()
+
+
+def step_by_step(runs: dict[str, Callable[[Stopwatch], object]]) -> dict[str, Stopwatch]:
+    """Run loops side by side, a step of each in turn; return each one's stopwatch."""
+    turns, n_threads = Turns(list(runs)), torch.get_num_threads()
+
+    def take_part(name: str) -> Stopwatch:
+        torch.set_num_threads(n_threads)  # OpenMP's holds for the thread that says it
+        turns.wait(name)
+        try:
+            stopwatch = _InTurns(name, turns)
+            runs[name](stopwatch)
+            return stopwatch
+        finally:
+            turns.leave(name)
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return dict(zip(runs, pool.map(take_part, runs), strict=True))
 
 
 class BareLoop(nn.Module):
@@ -123,9 +187,7 @@ class BareLoop(nn.Module):
             optimizer.step()
             with torch.no_grad():
                 self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            stopwatch.times.append(now())
+            stopwatch.end_step(x.is_cuda)
 
 
 def methods(
@@ -158,12 +220,8 @@ def methods(
 def whole_fits(x: Tensor, d_sae: int, batch_size: int, n_steps: int) -> dict[str, float]:
     """Return the mean step, in seconds, of fits that begin afresh and take `n_steps`."""
     runs = methods(x, d_sae, batch_size, n_steps)
-    seconds = {}
-    for name in ("bare", "ReLUSAE eager", "ReLUSAE compiled"):
-        stopwatch = Stopwatch()
-        runs[name](stopwatch)
-        seconds[name] = stopwatch.mean(n_warm=4)
-    return seconds
+    compared = {name: runs[name] for name in ("bare", "ReLUSAE eager", "ReLUSAE compiled")}
+    return {name: watch.mean(n_warm=4) for name, watch in step_by_step(compared).items()}
 
 
 def product_seconds(batch_size: int, d_in: int, d_sae: int, device: torch.device) -> float:
@@ -194,15 +252,13 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, _ = ps.SyntheticActivations(d_in=d_in, device=device).sample(4 * batch_size)
     runs = methods(x, d_sae, batch_size, n_steps)
-    medians: dict[str, list[float]] = {name: [] for name in runs}
+    steps: dict[str, list[float]] = {name: [] for name in runs}
     products: list[float] = []
     for _ in range(n_rounds):
         products.append(product_seconds(batch_size, d_in, d_sae, device))
-        for name, run in runs.items():
-            stopwatch = Stopwatch()
-            run(stopwatch)
-            medians[name].append(stopwatch.median(n_warm=4))
-    seconds = {name: statistics.median(values) for name, values in medians.items()}
+        for name, stopwatch in step_by_step(runs).items():
+            steps[name] += stopwatch.steps[4:]
+    seconds = {name: statistics.median(values) for name, values in steps.items()}
     product = statistics.median(products)
     result: dict[str, Any] = {
         "device": device_name(device),

@@ -44,7 +44,7 @@ def methods(
             model, x, n_steps=n_steps, batch_size=batch_size, compile=True, callbacks=[stopwatch],
             progress=False, device=x.device,
         )  # fmt: skip
-        return stopwatch.median(n_warm=2) / batch_size
+        return stopwatch.median(n_warm=3) / batch_size
 
     def polish() -> float:
         n_tokens = len(x) - batch_size
