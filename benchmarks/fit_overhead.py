@@ -3,9 +3,9 @@
     python -m benchmarks.fit_overhead   # prints, and writes results/fit_overhead-<device>.json
 
 All methods run in one process with the same threads and take their steps in turns, so that what a
-neighbour on the machine does to one it does to all; a figure is the median step. The bare loop is what one writes by hand: Adam, unit decoder rows with the
-gradient's parallel part removed, nothing logged, nothing checked. The ceiling is the matrix product
-of the same shapes, measured on the spot.
+neighbour on the machine does to one it does to all; a figure is the median step. The bare loop is
+what one writes by hand: Adam, unit decoder rows with the gradient's parallel part removed, nothing
+logged, nothing checked. The ceiling is the matrix product of the same shapes, measured on the spot.
 
 These are a fit's first steps, whose codes are dense. Whole fits follow, as mean steps over a bare
 loop's of as many: when codes have become sparse, a step goes through those that are left.

@@ -23,6 +23,8 @@ _CODES = {
     "bfloat16": ("BF16", np.int16),
     "float16": ("F16", np.int16),
 }
+# Tokens of which statistics are taken at a time.
+_PIECE = 128
 _OTHERS = {"I32": np.int32, "F32": np.float32, "F64": np.float64}
 
 
@@ -67,18 +69,32 @@ def write_shard(data: TokenData, path: Path) -> None:
     Beside the tokens it holds what the scale statistics need: each token's norm, and per
     dimension the sum, the sum of squares and the largest size (of the values as stored).
     """
-    x = data.activations.float()
     tensors = {
         "activations": data.activations,
         "tokens": data.tokens,
         "documents": data.documents,
         "positions": data.positions,
-        "norms": x.norm(dim=1),
-        "sum": x.sum(0, dtype=torch.float64),
-        "square_sum": x.double().square_().sum(0),
-        "max_abs": x.abs().amax(0),
+        **_statistics(data.activations),
     }
     write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}))
+
+
+def _statistics(activations: Float[Tensor, "token d_in"]) -> dict[str, Tensor]:
+    """Return each token's norm and each dimension's sums, in pieces that stay in the cache."""
+    norms, sums, squares, sizes = [], [], [], []
+    for piece in activations.split(_PIECE):
+        x = piece.double()
+        sums.append(x.sum(0))
+        sizes.append(torch.maximum(x.amax(0), -x.amin(0)))
+        x.square_()
+        squares.append(x.sum(0))
+        norms.append(x.sum(1).sqrt_())
+    return {
+        "norms": torch.cat(norms).float(),
+        "sum": torch.stack(sums).sum(0),
+        "square_sum": torch.stack(squares).sum(0),
+        "max_abs": torch.stack(sizes).amax(0).float(),
+    }
 
 
 def write_bytes(path: Path, content: bytes) -> None:

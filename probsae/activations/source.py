@@ -63,6 +63,24 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
     ValueError
         If `x` is not 2-D, has no rows, has another width, or holds NaN or infinite values.
     """
+    x = check_shape(x, d_in)
+    if not all_finite(x):
+        is_bad = ~torch.isfinite(x).all(dim=1)
+        row = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"activations must be finite: {int(is_bad.sum())} of {len(x)} tokens hold NaN or "
+            f"infinity, the first is token {row}; drop them, or harvest in bfloat16 or float32"
+        )
+    return x
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite: both reach the extremes, which take a single pass."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
+def check_shape(x: object, d_in: int | None = None) -> Float[Tensor, "token d_in"]:
+    """Check what `check_activations` does, but for the values themselves."""
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "fiu":
             raise TypeError(f"activations must be numbers, got an array of dtype {x.dtype}")
@@ -70,7 +88,7 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
     if not isinstance(x, Tensor):
         advice = _TEXT_ADVICE if isinstance(x, str | Path) else ""
         raise TypeError(f"activations must be a tensor or an array, got {type(x).__name__}{advice}")
-    if x.ndim != 2 or x.shape[0] == 0:
+    if x.ndim != 2 or 0 in x.shape:
         raise ValueError(
             f"activations must have shape (token, d_in) with at least one token, "
             f"got {tuple(x.shape)}; flatten batch and position axes first"
@@ -79,16 +97,7 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
         raise ValueError(
             f"x must have d_in={d_in} columns, got shape {tuple(x.shape)}; did you pass codes?"
         )
-    if not x.is_floating_point():
-        x = x.float()
-    is_bad = ~torch.isfinite(x).all(dim=1)
-    if is_bad.any():
-        row = int(is_bad.nonzero()[0])
-        raise ValueError(
-            f"activations must be finite: {int(is_bad.sum())} of {len(x)} tokens hold NaN or "
-            f"infinity, the first is token {row}; drop them, or harvest in bfloat16 or float32"
-        )
-    return x
+    return x if x.is_floating_point() else x.float()
 
 
 def check_tokens_differ(x: Float[Tensor, "token d_in"]) -> None:

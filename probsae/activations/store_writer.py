@@ -21,7 +21,7 @@ from probsae.activations.shards import (
     write_bytes,
     write_shard,
 )
-from probsae.activations.source import check_activations
+from probsae.activations.source import all_finite, check_activations, check_shape
 
 FORMAT_VERSION = 1
 INDEX, MEAN, SETTINGS = "index.json", "mean.safetensors", "settings.json"
@@ -173,9 +173,10 @@ class StoreWriter:
             If a value is NaN or infinite, exceeds the dtype, or the width is another. Shards
             already written stay, and a later writer goes on from them.
         """
-        x = check_activations(activations.detach().cpu(), self.d_in)
+        x = check_shape(activations.detach().cpu(), self.d_in)
         stored = x.to(DTYPES[self.dtype])
-        if not bool(torch.isfinite(stored).all()):
+        if not all_finite(stored):
+            check_activations(x)
             raise ValueError(
                 f"activations up to {float(x.abs().max()):.4g} do not fit into {self.dtype}, which "
                 f"ends at {torch.finfo(stored.dtype).max:.4g}; store bfloat16 or float32"
