@@ -171,8 +171,8 @@ class _Untouched(NamedTuple):
     tokens: Float[Tensor, "token d_in"]
     """Activations at the hook."""
     log_probabilities: Float[Tensor, "context prediction vocabulary"]
-    losses: list[Float[Tensor, "kind context prediction"]]
-    """Cross-entropy and KL of each token: untouched, with zeros, with the mean."""
+    cross_entropies: list[Float[Tensor, "context prediction"]]
+    """Untouched, with zeros, with the mean."""
 
 
 def _untouched(text: _Text, ids: Int[Tensor, "context position"]) -> _Untouched:
@@ -180,12 +180,10 @@ def _untouched(text: _Text, ids: Int[Tensor, "context position"]) -> _Untouched:
     with recorded([text.point]) as seen:
         original = _log_probabilities(text.model, ids)
     tokens = tokens_of(seen[text.point.name], text.first)
-    untouched = _Untouched(ids, tokens, original, [])
-    target = ids[:, 1:, None].to(original.device)
-    cross_entropy = _cross_entropy(original, target)
-    untouched.losses.append(torch.stack([cross_entropy, torch.zeros_like(cross_entropy)]))
+    untouched = _Untouched(ids, tokens, original, [_cross_entropy(original, ids)])
     for replacement in (torch.zeros_like(tokens), text.mean.to(tokens).expand_as(tokens)):
-        untouched.losses.append(_losses_with(text, untouched, replacement))
+        changed = _predictions_with(text, untouched, replacement)
+        untouched.cross_entropies.append(_cross_entropy(changed, ids))
     return untouched
 
 
@@ -209,32 +207,35 @@ def _spliced(
     cuda = [text.model.device] if text.model.device.type == "cuda" else []
     bar = shown(originals, "splice", "batch", progress, total=text.n_batches)
     parts: list[Tensor] = []
+    kl_parts: list[Tensor] = []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         for untouched in bar:
-            replacements = _replacements(untouched.tokens, dictionary, n_draws)
-            spliced = [_losses_with(text, untouched, new) for new in replacements]
-            parts.append(torch.stack([*untouched.losses, *spliced], dim=1))
-    cross_entropy, kl = torch.cat(parts, dim=2).cpu()
+            cross_entropies, divergences = list(untouched.cross_entropies), []
+            for replacement in _replacements(untouched.tokens, dictionary, n_draws):
+                changed = _predictions_with(text, untouched, replacement)
+                cross_entropies.append(_cross_entropy(changed, untouched.ids))
+                divergences.append(_kl(untouched.log_probabilities, changed))
+            parts.append(torch.stack(cross_entropies))
+            kl_parts.append(torch.stack(divergences))
+    cross_entropy, kl = (torch.cat(each, dim=1).cpu() for each in (parts, kl_parts))
     return SpliceResult(
         token_cross_entropy=cross_entropy[0],
         token_cross_entropy_zero=cross_entropy[1],
         token_cross_entropy_mean=cross_entropy[2],
         token_cross_entropy_spliced=cross_entropy[3],
-        token_kl=kl[3],
+        token_kl=kl[0],
         draw_cross_entropy=cross_entropy[4:],
-        draw_kl=kl[4:],
+        draw_kl=kl[1:],
     )
 
 
-def _losses_with(
+def _predictions_with(
     text: _Text, untouched: _Untouched, replacement: Float[Tensor, "token d_in"]
-) -> Float[Tensor, "kind context prediction"]:
-    """Cross-entropy and KL of each token with `replacement` in the activations' place."""
-    original = untouched.log_probabilities
+) -> Float[Tensor, "context prediction vocabulary"]:
+    """Return the log-probabilities with `replacement` in the activations' place."""
     with edited(text.point, lambda x: with_tokens(x, text.first, replacement)):
-        changed = _log_probabilities(text.model, untouched.ids)
-    return _compare(original, changed, untouched.ids[:, 1:, None].to(original.device))
+        return _log_probabilities(text.model, untouched.ids)
 
 
 def _replacements(
@@ -250,20 +251,24 @@ def _replacements(
         yield dictionary.decode(posterior.sample()[0])
 
 
-def _compare(
+def _kl(
     original: Float[Tensor, "context prediction vocabulary"],
-    spliced: Float[Tensor, "context prediction vocabulary"],
-    target: Int[Tensor, "context prediction 1"],
-) -> Float[Tensor, "kind context prediction"]:
-    """Return each token's cross-entropy under `spliced` and KL(original || spliced)."""
-    kl = F.kl_div(spliced, original, reduction="none", log_target=True).sum(-1)
-    return torch.stack([_cross_entropy(spliced, target), kl])
+    changed: Float[Tensor, "context prediction vocabulary"],
+) -> Float[Tensor, "context prediction"]:
+    """Return KL(original || changed) of each prediction; a context at a time spares memory."""
+    return torch.stack(
+        [
+            F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+            for before, after in zip(original, changed, strict=True)
+        ]
+    )
 
 
 def _cross_entropy(
     log_probabilities: Float[Tensor, "context prediction vocabulary"],
-    target: Int[Tensor, "context prediction 1"],
+    ids: Int[Tensor, "context position"],
 ) -> Float[Tensor, "context prediction"]:
+    target = ids[:, 1:, None].to(log_probabilities.device)
     return -log_probabilities.gather(-1, target)[..., 0]
 
 
