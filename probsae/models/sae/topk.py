@@ -112,7 +112,10 @@ class TopKSAE(KeepingSAE):
             self._count((z.detach() > 0).any(0), len(z))
         if self.auxiliary_coefficient == 0:
             return None
-        return self._dead_loss(x, x - self.decode(z), pre_activation)
+        candidates = torch.relu(pre_activation) * self.is_dead
+        kept = _keep_largest(candidates, self.k_auxiliary, self.k_auxiliary)
+        reconstruction = self.product(kept, self.directions)
+        return self._dead_loss(x, x - self.decode(z), reconstruction)
 
     def kept_auxiliary(
         self,
@@ -122,9 +125,16 @@ class TopKSAE(KeepingSAE):
     ) -> Float[Tensor, " token"] | None:
         if self.training:
             self._count(codes.support.sum_by_feature(codes.values.detach()) > 0, len(x))
-        if self.auxiliary_coefficient == 0 or not bool(self.is_dead.any()):
+        dead = self.is_dead.nonzero().flatten()
+        if self.auxiliary_coefficient == 0 or len(dead) == 0:
             return None
-        return self._dead_loss(x, residual, codes.pre_activation)
+        # The dead features' part of every product, with gradient through that alone.
+        constant = self.b_dec.detach()
+        shift = (constant - self.b_dec) @ self.W_enc
+        pre_activation = (x - constant) @ self.W_enc[:, dead] + (self.b_enc + shift)[dead]
+        k = min(self.k_auxiliary, len(dead))
+        kept = _keep_largest(torch.relu(pre_activation), k, k)
+        return self._dead_loss(x, residual, kept @ self.directions[dead])
 
     @property
     def is_dead(self) -> Bool[Tensor, " d_sae"]:
@@ -135,12 +145,10 @@ class TopKSAE(KeepingSAE):
         self,
         x: Float[Tensor, "token d_in"],
         residual: Float[Tensor, "token d_in"],
-        pre_activation: Float[Tensor, "token d_sae"],
+        reconstruction: Float[Tensor, "token d_in"],
     ) -> Float[Tensor, " token"]:
+        """Return what dead features leave of the `residual` that they are to reconstruct."""
         residual = residual.detach()
-        candidates = torch.relu(pre_activation) * self.is_dead
-        kept = _keep_largest(candidates, self.k_auxiliary, self.k_auxiliary)
-        reconstruction = self.product(kept, self.directions)
         # With few dead features the auxiliary codes cannot explain much: their error counts less.
         share = (self.is_dead.sum() / self.k_auxiliary).clamp(max=1)
         error = (residual - reconstruction).square().sum(-1)
