@@ -75,7 +75,7 @@ def ensemble(
             models, x, n_steps=n_steps, batch_size=batch_size, compile=compile,
             callbacks=callbacks, progress=False, device=x.device,
         )  # fmt: skip
-        return stopwatch.mean(n_warm=3) if whole_fit else stopwatch.median(n_warm=2)
+        return stopwatch.mean(n_warm=3) if whole_fit else stopwatch.median(n_warm=3)
 
     return run
 
