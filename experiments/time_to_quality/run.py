@@ -20,7 +20,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import probsae as ps
-from benchmarks.fit_overhead import commit
+from benchmarks.fit_overhead import Stopwatch, commit, step_by_step
 from probsae.inference import Callback, FitState, NoiseFloorWarning
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,7 +99,7 @@ class Trial:
         row |= {"least_cosine": float(cosine.min())}
         write(self.name, {"trial": dataclasses.asdict(self), "row": row})
 
-    def fit(self, data: ps.SyntheticActivations) -> tuple[Any, Clock]:
+    def fit(self, data: ps.SyntheticActivations, *callbacks: Callback) -> tuple[Any, Clock]:
         """Return the fitted model, and the clock that ran beside."""
         torch.manual_seed(self.seed)
         model = getattr(ps, self.model)(d_in=256, d_sae=D_SAE, **self.options)
@@ -108,7 +108,7 @@ class Trial:
             warnings.simplefilter("ignore", NoiseFloorWarning)  # no noise: the floor binds
             ps.fit(
                 model, clock.batches(), n_steps=self.n_steps, batch_size=BATCH_SIZE,
-                learning_rate=self.learning_rate, seed=self.seed, callbacks=[clock],
+                learning_rate=self.learning_rate, seed=self.seed, callbacks=[clock, *callbacks],
                 compile=IS_COMPILED, progress=False,
             )  # fmt: skip
         return model, clock
@@ -166,22 +166,31 @@ def write(name: str, result: dict[str, Any]) -> None:
 
 
 def run_clock() -> None:
-    """Time a step of each method, and closed-form passes, in turns."""
+    """Time steps of all methods, taken in turns, and closed-form passes."""
     trials = [
         Trial(model, TUNING_SEED, N_CLOCK_STEPS, options, rate)
         for model, (options, rate) in tuned().items()
     ] + [Trial("SpikeSlabDictionary", TUNING_SEED, N_CLOCK_STEPS)]
     data = ps.SyntheticActivations(seed=TUNING_SEED)
-    seconds: dict[str, list[float]] = {}
-    for _ in tqdm(range(N_CLOCK_ROUNDS), unit="round"):
-        for trial in trials:
-            model, clock = trial.fit(data)
-            seconds.setdefault(trial.model, []).append(clock.seconds_a_step)
-        x, _ = data.sample(POLISH_TOKENS)
+    fits: dict[str, tuple[Any, Clock]] = {}
+
+    def timed(trial: Trial) -> Callable[[Stopwatch], None]:
+        def run(stopwatch: Stopwatch) -> None:
+            fits[trial.model] = trial.fit(data, stopwatch)
+
+        return run
+
+    step_by_step({trial.model: timed(trial) for trial in trials})
+    seconds = {name: clock.seconds_a_step for name, (_, clock) in fits.items()}
+    polishing = []
+    x, _ = data.sample(POLISH_TOKENS)
+    model, _ = fits[trials[-1].model]
+    for _ in tqdm(range(N_CLOCK_ROUNDS), unit="pass"):
         began = time.thread_time()
         ps.polish(model, x, progress=False)
-        seconds.setdefault("polish", []).append(time.thread_time() - began)
-    write(CLOCK, {"seconds": {name: statistics.median(all) for name, all in seconds.items()}})
+        polishing.append(time.thread_time() - began)
+    seconds["polish"] = statistics.median(polishing)
+    write(CLOCK, {"seconds": seconds})
 
 
 def seconds_of(trial: Trial) -> float:
