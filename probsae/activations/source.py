@@ -188,4 +188,4 @@ def _shuffled(
         while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(x), generator=generator)])
         rows, order = order[:batch_size], order[batch_size:]
-        yield x[rows.to(x.device)].to(device, torch.float32)
+        yield x.index_select(0, rows.to(x.device)).to(device, torch.float32)

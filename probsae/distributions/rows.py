@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Tokens that a compiled loop adds up before the product takes over.
+_TOGETHER = 16
+
 
 def sum_over_tokens(values: Tensor) -> Tensor:
     """Sum all axes but the last, as a matrix product.
@@ -15,6 +18,19 @@ def sum_over_tokens(values: Tensor) -> Tensor:
     """
     flat = values.reshape(-1, values.shape[-1])
     return (flat.new_ones(1, len(flat)) @ flat)[0]
+
+
+def mean_over_tokens(values: Tensor) -> Tensor:
+    """Average all axes but the last of what is needed for nothing else.
+
+    Compiled, some tokens at a time are added up where the values are made, which are then
+    never written.
+    """
+    flat = values.reshape(-1, values.shape[-1])
+    summed = flat
+    if torch.compiler.is_compiling() and len(flat) % _TOGETHER == 0:
+        summed = flat.unflatten(0, (-1, _TOGETHER)).sum(1)
+    return sum_over_tokens(summed) / len(flat)
 
 
 class _ExpandRow(torch.autograd.Function):

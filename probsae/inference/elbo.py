@@ -23,7 +23,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from probsae.distributions.rows import sum_over_tokens
+from probsae.distributions.rows import mean_over_tokens, sum_over_tokens
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
 
@@ -118,7 +118,7 @@ def objective(
     posterior = model.posterior(x)
     terms = elbo_terms(model, x, posterior)
     extra = model.auxiliary_loss(x, posterior, kl_weight)
-    firing_rate = sum_over_tokens(posterior.p_active.detach()) / len(x)
+    firing_rate = mean_over_tokens(posterior.p_active.detach())
     return summarize(model, x, terms, extra, firing_rate, kl_weight)
 
 
