@@ -20,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class _InTurns(Stopwatch):
         self.began = now()
 
 
-def step_by_step(runs: dict[str, Callable[[Stopwatch], object]]) -> dict[str, Stopwatch]:
+def step_by_step(runs: Mapping[str, Callable[[Stopwatch], object]]) -> dict[str, Stopwatch]:
     """Run loops side by side, a step of each in turn; return each one's stopwatch."""
     turns, n_threads = Turns(list(runs)), torch.get_num_threads()
 

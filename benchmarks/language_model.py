@@ -87,8 +87,8 @@ def methods(
 def main(
     text: Path = Path("tests/data/austen.txt"),
     layer: int = 7,
-    n_harvested: int = 64,
-    n_spliced: int = 4,
+    n_harvested: int = 256,
+    n_spliced: int = 8,
     context_length: int = 128,
     batch_size: int = 8,
     threads: int = 1,
