@@ -276,7 +276,8 @@ def main(
     result["whole_fits"] = {"n_steps": n_whole, "mean_step_seconds": whole}
     result["whole_fits"]["ratio"] = {key: value / whole["bare"] for key, value in whole.items()}
     for key, ratio in result["whole_fits"]["ratio"].items():
-        print(f"{key:32s} {ratio:5.2f} x bare, mean of {n_whole} steps")
+        bar = f", bar {BARS[key]}" if key in BARS else ""
+        print(f"{key:32s} {ratio:5.2f} x bare, mean of {n_whole} steps{bar}")
     write_result("fit_overhead", result)
 
 
