@@ -44,7 +44,7 @@ OURS_STEPS = (500, 750, 1_000, 1_100, 1_200, 1_500, 2_000)
 POLISH_TOKENS, POLISHED_STEPS = 100_000, (500, 750, 1_000)
 MMCS_BAR, F1_BAR = 0.999, 0.93
 IS_COMPILED = True
-N_CLOCK_ROUNDS, N_CLOCK_STEPS = 3, 300
+N_CLOCK_STEPS, N_CLOCK_PASSES = 300, 3
 
 
 class Clock(Callback):
@@ -185,7 +185,7 @@ def run_clock() -> None:
     polishing = []
     x, _ = data.sample(POLISH_TOKENS)
     model, _ = fits[trials[-1].model]
-    for _ in tqdm(range(N_CLOCK_ROUNDS), unit="pass"):
+    for _ in tqdm(range(N_CLOCK_PASSES), unit="pass"):
         began = time.thread_time()
         ps.polish(model, x, progress=False)
         polishing.append(time.thread_time() - began)

@@ -14,7 +14,7 @@ def test_a_short_one(tmp_path, monkeypatch):
         "RESULTS": tmp_path, "D_SAE": 64, "N_TUNING_STEPS": 6, "RIVAL_STEPS": (6,),
         "OURS_STEPS": (8,), "POLISHED_STEPS": (8,), "POLISH_TOKENS": 2_048, "SEEDS": (0,),
         "MMCS_BAR": 0.0, "F1_BAR": 0.0, "IS_COMPILED": False,
-        "N_CLOCK_ROUNDS": 1, "N_CLOCK_STEPS": 4,
+        "N_CLOCK_PASSES": 1, "N_CLOCK_STEPS": 4,
     }.items():  # fmt: skip
         monkeypatch.setattr(run, name, value)
     threads = torch.get_num_threads()
