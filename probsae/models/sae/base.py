@@ -76,11 +76,15 @@ class DeterministicSAE(SparseDictionary):
 
     def pre_activation(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
         """Return (x - b_dec) W_enc + b_enc."""
-        constant = self.b_dec.detach()
-        # This term is 0; it carries b_dec's gradient without a product by every token.
-        shift = (constant - self.b_dec) @ self.W_enc
-        product = self.product(x - constant, self.W_enc)
-        return product + expand_row(self.b_enc + shift, product)
+        product = self.product(x - self.b_dec.detach(), self.W_enc)
+        return product + expand_row(self.encoder_bias(), product)
+
+    def encoder_bias(self) -> Float[Tensor, " d_sae"]:
+        """Return `b_enc` plus a term that is 0 and carries `b_dec`'s gradient.
+
+        The encoder's input may be x - b_dec.detach() then, which spares a product by every token.
+        """
+        return self.b_enc + (self.b_dec.detach() - self.b_dec) @ self.W_enc
 
     def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
         pre_activation = self.pre_activation(x)
@@ -110,8 +114,6 @@ class KeptCodes(NamedTuple):
     """Which ones are kept."""
     values: Float[Tensor, " kept"]
     """What they are; zero is allowed."""
-    pre_activation: Float[Tensor, "token d_sae"]
-    """Of all."""
 
 
 class KeepingSAE(DeterministicSAE):
@@ -131,12 +133,12 @@ class KeepingSAE(DeterministicSAE):
 
     def kept_codes(self, x: Float[Tensor, "token d_in"]) -> KeptCodes:
         """Encode `x`, with gradient through the kept codes only."""
-        pre_activation = self.pre_activation(x)
-        support = self.support(pre_activation.detach())
-        constant = self.b_dec.detach()
-        bias = self.b_enc + (constant - self.b_dec) @ self.W_enc
-        kept = kept_pre_activations(x - constant, self.W_enc, bias, pre_activation, support)
-        return KeptCodes(support, torch.relu(kept), pre_activation)
+        with torch.no_grad():
+            pre_activation = self.pre_activation(x)
+        support = self.support(pre_activation)
+        bias, x_centered = self.encoder_bias(), x - self.b_dec.detach()
+        kept = kept_pre_activations(x_centered, self.W_enc, bias, pre_activation, support)
+        return KeptCodes(support, torch.relu(kept))
 
     def kept_cost(self, codes: KeptCodes) -> Float[Tensor, " token"]:
         """Return minus the log prior density of the codes; 0 where it is flat."""

@@ -129,9 +129,8 @@ class TopKSAE(KeepingSAE):
         if self.auxiliary_coefficient == 0 or len(dead) == 0:
             return None
         # The dead features' part of every product, with gradient through that alone.
-        constant = self.b_dec.detach()
-        shift = (constant - self.b_dec) @ self.W_enc
-        pre_activation = (x - constant) @ self.W_enc[:, dead] + (self.b_enc + shift)[dead]
+        x_centered = x - self.b_dec.detach()
+        pre_activation = x_centered @ self.W_enc[:, dead] + self.encoder_bias()[dead]
         k = min(self.k_auxiliary, len(dead))
         kept = _keep_largest(torch.relu(pre_activation), k, k)
         return self._dead_loss(x, residual, kept @ self.directions[dead])
