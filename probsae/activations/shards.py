@@ -23,9 +23,10 @@ _CODES = {
     "bfloat16": ("BF16", np.int16),
     "float16": ("F16", np.int16),
 }
-# Tokens of which statistics are taken at a time.
-_PIECE = 128
 _OTHERS = {"I32": np.int32, "F32": np.float32, "F64": np.float64}
+# Tokens of which statistics are taken at a time: of 16,384 with 1,536 dimensions they take .07 s of
+# a core so, .09 with half or twice as many, .22 with 1,024, whose doubles leave the cache.
+_PIECE = 128
 
 
 class CorruptShardError(ValueError):
@@ -80,7 +81,7 @@ def write_shard(data: TokenData, path: Path) -> None:
 
 
 def _statistics(activations: Float[Tensor, "token d_in"]) -> dict[str, Tensor]:
-    """Return each token's norm and each dimension's sums, in pieces that stay in the cache."""
+    """Return norms, shape (token,), and sums, sums of squares and largest sizes, shape (d_in,)."""
     norms, sums, squares, sizes = [], [], [], []
     for piece in activations.split(_PIECE):
         x = piece.double()

@@ -80,7 +80,10 @@ def all_finite(x: Tensor) -> bool:
 
 
 def check_shape(x: object, d_in: int | None = None) -> Float[Tensor, "token d_in"]:
-    """Check what `check_activations` does, but for the values themselves."""
+    """Return `x` as a float tensor of shape (token, d_in), its values not looked at.
+
+    Arguments and errors are those of `check_activations`.
+    """
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "fiu":
             raise TypeError(f"activations must be numbers, got an array of dtype {x.dtype}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Tokens that a compiled loop adds up before the product takes over.
+# Tokens that a compiled loop adds up before the product takes over (docs/decisions/cpu_steps.md).
 _TOGETHER = 16
 
 
@@ -21,10 +21,10 @@ def sum_over_tokens(values: Tensor) -> Tensor:
 
 
 def mean_over_tokens(values: Tensor) -> Tensor:
-    """Average all axes but the last of what is needed for nothing else.
+    """Average `values`, shape (..., d_sae), to shape (d_sae,).
 
-    Compiled, some tokens at a time are added up where the values are made, which are then
-    never written.
+    Compiled, some tokens at a time are added up where the values are made; those that are needed
+    for nothing else are then never written.
     """
     flat = values.reshape(-1, values.shape[-1])
     summed = flat
