@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -15,11 +17,16 @@ from probsae.activations.language_model import LanguageModel
 from probsae.activations.resources import check_memory
 from probsae.dictionary import Dictionary
 from probsae.lm.contexts import check_contexts, read_contexts, tokens_of, with_tokens
+from probsae.lm.kept_batches import KeptBatches, digest
 from probsae.lm.splice_result import SpliceResult
 from probsae.progress import shown
 
 Reconstruct: TypeAlias = Callable[[Tensor], Tensor]
 """Activations (token, d_in) to their replacement."""
+
+# How closely tokens' cross-entropies, nats, must come out again for a checkpoint to be gone on
+# from: half-precision kernels need not give the same on two machines.
+_SAME = 0.01
 
 
 @torch.no_grad()
@@ -34,6 +41,7 @@ def splice(
     batch_size: int = 16,
     keep_first: bool = True,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> SpliceResult:
     """Measure what a language model loses when a dictionary replaces the activations at a hook.
@@ -62,6 +70,10 @@ def splice(
         scale of loss recovered is not stretched by destroying it.
     seed : int, default 0
         Of the draws. The caller's generators are not touched.
+    checkpoint : str or Path, optional
+        Folder that keeps each batch's values as they are made. A run that was killed goes on from
+        there when it is called again with the same arguments; the folder can be removed
+        afterwards.
     progress : bool, optional
         Show a bar; by default on terminals, for runs longer than two seconds.
 
@@ -73,8 +85,11 @@ def splice(
     Raises
     ------
     ValueError
-        If the hook is unknown, the token ids are not (context, position) with 2 positions, or
-        draws are asked of a plain callable.
+        If the hook is unknown, the token ids are not (context, position) with 2 positions,
+        draws are asked of a plain callable, or the checkpoint is one of other arguments: its last
+        batch is computed again, and must come out as it did.
+    FileExistsError
+        If the checkpoint's folder holds anything else.
 
     Notes
     -----
@@ -82,9 +97,12 @@ def splice(
     scale.
     """
     _check_draws(n_draws, dictionary)
-    text = _Text(model, hook, token_ids, mean, batch_size, keep_first, progress)
-    originals = (_untouched(text, ids) for ids in token_ids.split(batch_size))
-    return _spliced(text, originals, dictionary, n_draws, seed, progress)
+    text = _Text(model, hook, token_ids, batch_size, keep_first)
+    kept = _kept(checkpoint, text, mean, n_draws, seed)
+    text.mean = _mean_of(text, mean, kept, progress)
+    return _spliced(
+        text, lambda i: _untouched(text, text.batches[i]), dictionary, n_draws, seed, kept, progress
+    )
 
 
 class Splicer:
@@ -120,9 +138,10 @@ class Splicer:
         keep_first: bool = True,
         progress: bool | None = None,
     ):
-        self._text = _Text(model, hook, token_ids, mean, batch_size, keep_first, progress)
+        text = self._text = _Text(model, hook, token_ids, batch_size, keep_first)
+        text.mean = _mean_of(text, mean, KeptBatches(None, {}), progress)
         self._originals: list[_Untouched] = []
-        for ids in shown(token_ids.split(batch_size), "untouched model", "batch", progress):
+        for ids in shown(text.batches, "untouched model", "batch", progress):
             if len(self._originals) == 1:
                 held = self._originals[0].log_probabilities
                 _check_fits(held, len(token_ids) / len(held) - 1)
@@ -135,33 +154,71 @@ class Splicer:
         *,
         n_draws: int = 0,
         seed: int = 0,
+        checkpoint: str | Path | None = None,
         progress: bool | None = None,
     ) -> SpliceResult:
         """Measure one dictionary; arguments, result and errors are those of `splice`."""
         _check_draws(n_draws, dictionary)
-        return _spliced(self._text, self._originals, dictionary, n_draws, seed, progress)
+        kept = _kept(checkpoint, self._text, self._text.mean, n_draws, seed)
+        return _spliced(
+            self._text, self._originals.__getitem__, dictionary, n_draws, seed, kept, progress
+        )
 
 
 class _Text:
     """A language model, a place in it, and contexts to predict."""
+
+    mean: Float[Tensor, " d_in"]
 
     def __init__(
         self,
         model: LanguageModel,
         hook: str,
         token_ids: Int[Tensor, "context position"],
-        mean: Float[Tensor, " d_in"] | None,
         batch_size: int,
         keep_first: bool,
-        progress: bool | None,
     ):
         check_contexts(token_ids)
         self.model, self.point = model, find_hook(model.network, hook)
-        self.first = int(keep_first)
-        self.n_batches = -(-len(token_ids) // batch_size)
-        self.mean = mean
-        if mean is None:
-            self.mean = _mean_activation(model, hook, token_ids, batch_size, self.first, progress)
+        self.token_ids, self.batch_size, self.first = token_ids, batch_size, int(keep_first)
+        self.batches = token_ids.split(batch_size)
+
+    def settings(self) -> dict[str, Any]:
+        """What values of single tokens depend on, JSON-ready."""
+        return {
+            "language_model": self.model.name,
+            "hook": self.point.name,
+            "token_ids": digest(ids.long() for ids in self.batches),
+            "batch_size": self.batch_size,
+            "keep_first": bool(self.first),
+        }
+
+
+def _mean_of(
+    text: _Text,
+    given: Float[Tensor, " d_in"] | None,
+    kept: KeptBatches,
+    progress: bool | None,
+) -> Float[Tensor, " d_in"]:
+    """Return what mean ablation puts in: what was given, or the mean over the text."""
+    if given is not None:
+        return given
+    return kept.once("mean", lambda: {"mean": _mean_activation(text, progress)})["mean"]
+
+
+def _kept(
+    checkpoint: str | Path | None,
+    text: _Text,
+    mean: Float[Tensor, " d_in"] | None,
+    n_draws: int,
+    seed: int,
+) -> KeptBatches:
+    """Open the checkpoint; without one nothing is kept."""
+    if checkpoint is None:
+        return KeptBatches(None, {})
+    of_the_mean = "of the text" if mean is None else digest([mean])
+    settings = {**text.settings(), "mean": of_the_mean, "n_draws": n_draws, "seed": seed}
+    return KeptBatches(Path(checkpoint), settings)
 
 
 class _Untouched(NamedTuple):
@@ -176,7 +233,6 @@ class _Untouched(NamedTuple):
 
 
 def _untouched(text: _Text, ids: Int[Tensor, "context position"]) -> _Untouched:
-    assert text.mean is not None
     with recorded([text.point]) as seen:
         original = _log_probabilities(text.model, ids)
     tokens = tokens_of(seen[text.point.name], text.first)
@@ -197,28 +253,25 @@ def _check_draws(n_draws: int, dictionary: Dictionary | Reconstruct) -> None:
 
 def _spliced(
     text: _Text,
-    originals: Iterable[_Untouched],
+    original: Callable[[int], _Untouched],
     dictionary: Dictionary | Reconstruct,
     n_draws: int,
     seed: int,
+    kept: KeptBatches,
     progress: bool | None,
 ) -> SpliceResult:
     """Put the dictionary into each batch of contexts, and join what that shows."""
-    cuda = [text.model.device] if text.model.device.type == "cuda" else []
-    bar = shown(originals, "splice", "batch", progress, total=text.n_batches)
-    parts: list[Tensor] = []
-    kl_parts: list[Tensor] = []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        for untouched in bar:
-            cross_entropies, divergences = list(untouched.cross_entropies), []
-            for replacement in _replacements(untouched.tokens, dictionary, n_draws):
-                changed = _predictions_with(text, untouched, replacement)
-                cross_entropies.append(_cross_entropy(changed, untouched.ids))
-                divergences.append(_kl(untouched.log_probabilities, changed))
-            parts.append(torch.stack(cross_entropies))
-            kl_parts.append(torch.stack(divergences))
-    cross_entropy, kl = (torch.cat(each, dim=1).cpu() for each in (parts, kl_parts))
+    parts, n = kept.first("batch"), len(text.batches)
+    if parts:
+        again = _splice_batch(text, original(len(parts) - 1), dictionary, 0, 0)
+        _check_same(parts[-1]["cross_entropy"], again["cross_entropy"], kept)
+    for i in shown(range(len(parts), n), "splice", "batch", progress, n, n_done=len(parts)):
+        entropy = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+        parts.append(_splice_batch(text, original(i), dictionary, n_draws, entropy))
+        kept.keep(f"batch-{i}", parts[-1])
+    cross_entropy, kl = (
+        torch.cat([part[name] for part in parts], dim=1) for name in ("cross_entropy", "kl")
+    )
     return SpliceResult(
         token_cross_entropy=cross_entropy[0],
         token_cross_entropy_zero=cross_entropy[1],
@@ -228,6 +281,39 @@ def _spliced(
         draw_cross_entropy=cross_entropy[4:],
         draw_kl=kl[1:],
     )
+
+
+def _splice_batch(
+    text: _Text,
+    untouched: _Untouched,
+    dictionary: Dictionary | Reconstruct,
+    n_draws: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Return cross-entropies (untouched, zeros, mean, spliced, draws) and KL (spliced, draws).
+
+    On the CPU, shape (replacement, context, prediction) each.
+    """
+    cross_entropies, divergences = list(untouched.cross_entropies), []
+    cuda = [text.model.device] if text.model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        for replacement in _replacements(untouched.tokens, dictionary, n_draws):
+            changed = _predictions_with(text, untouched, replacement)
+            cross_entropies.append(_cross_entropy(changed, untouched.ids))
+            divergences.append(_kl(untouched.log_probabilities, changed))
+    return {
+        "cross_entropy": torch.stack(cross_entropies).cpu(),
+        "kl": torch.stack(divergences).cpu(),
+    }
+
+
+def _check_same(before: Tensor, again: Tensor, kept: KeptBatches) -> None:
+    if not torch.allclose(before[: len(again)], again, rtol=_SAME, atol=_SAME, equal_nan=True):
+        raise ValueError(
+            f"{kept.path} was begun with another dictionary or other weights of the language "
+            "model: its last batch comes out differently now; choose another folder"
+        )
 
 
 def _predictions_with(
@@ -279,20 +365,16 @@ def _log_probabilities(
     return F.log_softmax(model.logits(ids)[:, :-1], dim=-1)
 
 
-def _mean_activation(
-    model: LanguageModel,
-    hook: str,
-    token_ids: Int[Tensor, "context position"],
-    batch_size: int,
-    first: int,
-    progress: bool | None,
-) -> Float[Tensor, " d_in"]:
+def _mean_activation(text: _Text, progress: bool | None) -> Float[Tensor, " d_in"]:
     total = None
-    for x in read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress):
-        part = tokens_of(x, first).double().sum(0)
+    contexts = read_contexts(
+        text.model, text.point.name, text.token_ids, batch_size=text.batch_size, progress=progress
+    )
+    for x in contexts:
+        part = tokens_of(x, text.first).double().sum(0)
         total = part if total is None else total + part
     assert total is not None
-    return (total / token_ids[:, first:].numel()).float()
+    return (total / text.token_ids[:, text.first :].numel()).float()
 
 
 def _check_fits(held: Tensor, n_times: float) -> None:

@@ -1,6 +1,9 @@
 """Splicing: identities that hold for any model, answers by hand, and a real model."""
 
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -274,6 +277,72 @@ def test_seed_fixes_the_draws_and_touches_no_other():
     lower, upper = results[0].interval(0.5)
     recovered = results[0].draw_loss_recovered
     assert float(recovered.min()) <= lower < upper <= float(recovered.max())
+
+
+class Counted(Coin):
+    def __init__(self):
+        super().__init__()
+        self.n_calls = 0
+
+    def encode(self, x):
+        self.n_calls += 1
+        return super().encode(x)
+
+
+def test_a_killed_splice_goes_on_to_the_same_values(tmp_path):
+    folder, said = tmp_path / "kept", tmp_path / "kept.waits"
+    process = subprocess.Popen([sys.executable, "-m", "tests.lm.kill_me", str(folder)])
+    deadline = time.monotonic() + 120
+    while not said.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(list(folder.glob("batch-*.safetensors"))) == 3  # of six contexts
+
+    options = {"batch_size": 1, "n_draws": 2}
+    coin = Counted()
+    whole = splice(tiny_language_model(), "layers.0", Coin(), IDS, **options)
+    resumed = splice(tiny_language_model(), "layers.0", coin, IDS, checkpoint=folder, **options)
+    assert coin.n_calls == 1 + 3  # the last batch that was kept, again, and those that were not
+    for name, value in vars(whole).items():
+        assert torch.equal(getattr(resumed, name), value), name
+
+
+def test_a_splicer_keeps_and_goes_on_too(tmp_path):
+    splicer = Splicer(tiny_language_model(), "layers.0", IDS, batch_size=4)
+    first = splicer.splice(Coin(), n_draws=2, checkpoint=tmp_path / "kept")
+    (tmp_path / "kept" / "batch-1.safetensors").unlink()
+    again = splicer.splice(Coin(), n_draws=2, checkpoint=tmp_path / "kept")
+    assert torch.equal(first.draw_kl, again.draw_kl)
+
+
+def test_a_checkpoint_of_another_splice_is_refused(tmp_path):
+    model, folder = tiny_language_model(), tmp_path / "kept"
+    splice(model, "layers.0", Coin(), IDS, batch_size=4, checkpoint=folder)
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    others = [
+        ("layers.1", IDS, {}, "hook layers.0 and not layers.1"),
+        ("layers.0", IDS.flip(0), {}, "token_ids"),
+        ("layers.0", IDS, {"n_draws": 1}, "n_draws 0 and not 1"),
+        ("layers.0", IDS, {"seed": 1}, "seed 0 and not 1"),
+        ("layers.0", IDS, {"keep_first": False}, "keep_first True and not False"),
+        ("layers.0", IDS, {"batch_size": 2}, "batch_size"),
+        ("layers.0", IDS, {"mean": torch.zeros(D_IN)}, "mean of the text"),
+    ]
+    for hook, ids, options, message in others:
+        with pytest.raises(ValueError, match=message):
+            splice(model, hook, Coin(), ids, checkpoint=folder, **({"batch_size": 4} | options))
+    with pytest.raises(ValueError, match="another dictionary or other weights"):
+        splice(model, "layers.0", torch.zeros_like, IDS, batch_size=4, checkpoint=folder)
+    with torch.no_grad():
+        model.network.head.bias.add_(torch.arange(VOCABULARY) / VOCABULARY)
+    with pytest.raises(ValueError, match="another dictionary or other weights"):
+        splice(model, "layers.0", Coin(), IDS, batch_size=4, checkpoint=folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    with pytest.raises(FileExistsError, match="holds no checkpoint"):
+        splice(model, "layers.0", Coin(), IDS, checkpoint=tmp_path)
 
 
 def test_context_interval():
