@@ -27,7 +27,7 @@ import probsae as ps
 from probsae.synthetic import Correlation
 
 RESULTS = Path(__file__).parent / "results"
-D_SAE, BATCH_SIZE, N_TUNING_STEPS = 768, 1_024, 1_000
+D_SAE, BATCH_SIZE = 768, 1_024
 # By noise scale. Without noise 2,000 steps miss one feature of 512 on one seed of six.
 N_STEPS = {0.05: 2_000, 0.0: 3_000}
 CORRELATIONS: dict[str, Correlation | None] = {"none": None, "copula": "copula"}
@@ -45,7 +45,7 @@ class Job:
     seed: int
     options: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
     learning_rate: float | None = None
-    n_steps: int = N_TUNING_STEPS
+    n_steps: int = 2_000
 
     @property
     def name(self) -> str:
@@ -93,57 +93,39 @@ class Job:
 
 
 def tuning_jobs() -> list[Job]:
-    """Grids of the deterministic SAEs; k may know the truth.
+    """Grids of the deterministic SAEs, at the comparison's steps; k may know the truth.
 
-    A wide one at half the steps or less, then a fine one around its best at the comparison's:
-    without noise short fits ask for a larger k than long ones. At .001 to .01 a ReLU SAE's MMCS
-    still rises with the rate: its grid lies higher.
+    A family's best rate and sparsity lie within its grid. Without noise k is near the truth.
     """
-    usual, high = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
-    grids = [
-        ("TopKSAE", usual, [{"k": k} for k in (4, 5, 6, 8)]),
-        ("BatchTopKSAE", usual, [{"k": k} for k in (4, 5, 6, 8)]),
-        ("BatchTopKSAE", (1e-2, 2e-2), [{"k": 10}]),  # the best of the line above is on its edge
-        ("BatchTopKSAE", (2e-2,), [{"k": 8}]),
-        ("MatryoshkaSAE", usual, [{"k": k} for k in (4, 6, 8)]),
-        ("ReLUSAE", high, [{"l1_coefficient": c} for c in (0.03, 0.1, 0.2)]),
-        ("GatedSAE", usual, [{"l1_coefficient": c} for c in (0.1, 0.2, 0.4)]),
-        ("JumpReLUSAE", usual, [{"l0_coefficient": c} for c in (0.02, 0.05, 0.1)]),
-    ]
-    fine = [
-        ("TopKSAE", (3e-3, 5e-3), [{"k": k} for k in (6, 8, 10)]),
-        ("BatchTopKSAE", (5e-3, 1e-2), [{"k": k} for k in (8, 10, 12, 16)]),
-        ("MatryoshkaSAE", (5e-3, 1e-2), [{"k": k} for k in (8, 10, 12)]),
-        ("ReLUSAE", (1e-2, 3e-2), [{"l1_coefficient": c} for c in (0.2, 0.3, 0.4)]),
-        ("GatedSAE", (3e-3, 1e-2), [{"l1_coefficient": c} for c in (0.1, 0.2, 0.4)]),
-        ("JumpReLUSAE", (3e-3, 1e-2), [{"l0_coefficient": c} for c in (0.1, 0.2, 0.4)]),
+    usual = (3e-3, 1e-2)
+    with_noise = [
+        ("TopKSAE", usual, [{"k": k} for k in (5, 6, 8, 10)]),
+        ("BatchTopKSAE", (5e-3, 1e-2, 2e-2), [{"k": k} for k in (8, 10, 12, 16)]),
+        ("MatryoshkaSAE", (5e-3, 1e-2, 2e-2), [{"k": k} for k in (6, 8, 10, 12)]),
+        ("ReLUSAE", (1e-2, 3e-2, 6e-2), [{"l1_coefficient": c} for c in (0.1, 0.2, 0.3)]),
+        ("GatedSAE", (3e-3, 1e-2, 3e-2), [{"l1_coefficient": c} for c in (0.2, 0.4, 0.6)]),
+        ("JumpReLUSAE", (1e-3, *usual), [{"l0_coefficient": c} for c in (0.1, 0.2, 0.4)]),
     ]
     without_noise = [
         (model, usual, [{"k": k} for k in (4, 5, 6)]) for model in ("BatchTopKSAE", "TopKSAE")
     ]
-    stages = [(noise, N_TUNING_STEPS, grids) for noise in N_STEPS]
-    stages += [(0.05, N_STEPS[0.05], fine), (0.0, N_STEPS[0.0], without_noise)]
     return [
-        Job(model, noise, "none", TUNING_SEED, options, rate, n_steps)
-        for noise, n_steps, stage in stages
-        for model, rates, choices in stage
+        Job(model, noise, "none", TUNING_SEED, options, rate, N_STEPS[noise])
+        for noise, grids in ((0.05, with_noise), (0.0, without_noise))
+        for model, rates, choices in grids
         for options in choices
         for rate in rates
     ]
 
 
 def best_settings(noise_scale: float, measure: str) -> dict[str, tuple[dict, float]]:
-    """Each deterministic SAE's options and rate with the best `measure` on the tuning seed.
-
-    Of the fits at the most steps, where a model was tuned at several numbers of them.
-    """
-    best: dict[str, tuple[tuple[int, float], dict, float]] = {}
+    """Each deterministic SAE's options and rate with the best `measure` on the tuning seed."""
+    best: dict[str, tuple[float, dict, float]] = {}
     for job in tuning_jobs():
         if job.noise_scale == noise_scale and (RESULTS / job.name).exists():
             value = json.loads((RESULTS / job.name).read_text())["row"][measure]
-            score = (job.n_steps, value)
-            if job.model not in best or score > best[job.model][0]:
-                best[job.model] = (score, job.options, float(job.learning_rate or 0))
+            if job.model not in best or value > best[job.model][0]:
+                best[job.model] = (value, job.options, float(job.learning_rate or 0))
     return {model: (options, rate) for model, (_, options, rate) in best.items()}
 
 
