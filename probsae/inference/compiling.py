@@ -29,7 +29,7 @@ def compiled_objective(on_cpu: bool) -> Callable[..., Objective]:
     options: dict[str, Any] = {}
     if on_cpu and CustomPartitionerFn is not None:
         options["custom_partitioner_fn"] = _KeepWhatIsSaved()
-        options["post_grad_custom_post_pass"] = _ProductsAlone()
+        options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
     return torch.compile(copy, fullgraph=True, options=options)
 
 
@@ -52,25 +52,49 @@ if CustomGraphPass is not None and CustomPartitionerFn is not None:
         def uuid(self) -> str:
             return "probsae: default_partition"
 
-    class _ProductsAlone(CustomGraphPass):
-        """Take a b + c as a product, and a sum that fuses with what comes after it.
+    class _ProductsAsCpusLikeThem(CustomGraphPass):
+        """Take products apart from sums, and with the longer side of the result in memory's order.
 
-        Inductor makes it an addmm, which on a CPU writes c out in full, copies it and has the
-        product read it again: three passes over an array of the result's size.
+        Inductor makes a b + c an addmm, which on a CPU writes c out in full, copies it and has the
+        product read it again: three passes over an array of the result's size. A sum alone fuses
+        with what comes after it. And z^T g, a dictionary's gradient, takes 6% longer than g^T z.
         """
 
         def __call__(self, graph: Graph) -> None:
-            aten = torch.ops.aten
-            for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-                if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-                    continue
-                c, a, b = node.args
-                with graph.inserting_before(node):
-                    product = graph.call_function(aten.mm.default, (a, b))
-                    total = graph.call_function(aten.add.Tensor, (product, c))
-                product.meta, total.meta = dict(node.meta), dict(node.meta)
-                node.replace_all_uses_with(total)
-                graph.erase_node(node)
+            _take_sums_apart(graph)
+            _turn_tall_results(graph)
 
         def uuid(self) -> str:
-            return "probsae: products alone"
+            return "probsae: products as CPUs like them"
+
+    def _take_sums_apart(graph: Graph) -> None:
+        aten = torch.ops.aten
+        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+            if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+                continue
+            c, a, b = node.args
+            with graph.inserting_before(node):
+                product = graph.call_function(aten.mm.default, (a, b))
+                total = graph.call_function(aten.add.Tensor, (product, c))
+            product.meta, total.meta = dict(node.meta), dict(node.meta)
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
+
+    def _turn_tall_results(graph: Graph) -> None:
+        """Take a^T b, of more rows than columns, as the transpose of b^T a."""
+        aten = torch.ops.aten
+        for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+            a_turned, b = node.args
+            n_rows, n_columns = node.meta["val"].shape
+            is_turned = a_turned.target is aten.permute.default
+            if not is_turned or n_rows <= n_columns or n_columns == 1:
+                continue
+            with graph.inserting_before(node):
+                b_turned = graph.call_function(aten.permute.default, (b, [1, 0]))
+                product = graph.call_function(aten.mm.default, (b_turned, a_turned.args[0]))
+                result = graph.call_function(aten.permute.default, (product, [1, 0]))
+            b_turned.meta["val"] = b.meta["val"].permute(1, 0)
+            product.meta["val"] = node.meta["val"].new_empty((n_columns, n_rows))
+            result.meta["val"] = product.meta["val"].permute(1, 0)
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
