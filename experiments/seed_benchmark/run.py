@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from typing import TypeAlias
 
 import torch
 import tyro
@@ -32,6 +33,7 @@ D_SAE, BATCH_SIZE = 768, 1_024
 N_STEPS = {0.05: 2_000, 0.0: 3_000}
 CORRELATIONS: dict[str, Correlation | None] = {"none": None, "copula": "copula"}
 SEEDS, TUNING_SEED = (0, 1, 2), 100
+Options: TypeAlias = dict[str, float | int | str]
 CONDITIONS = tuple((noise, kind) for kind in CORRELATIONS for noise in (0.05, 0.0))
 
 
@@ -43,7 +45,7 @@ class Job:
     noise_scale: float
     correlation: str
     seed: int
-    options: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
+    options: Options = dataclasses.field(default_factory=dict)
     learning_rate: float | None = None
     n_steps: int = 2_000
 
@@ -98,7 +100,7 @@ def tuning_jobs() -> list[Job]:
     A family's best rate and sparsity lie within its grid. Without noise k is near the truth.
     """
     usual = (3e-3, 1e-2)
-    with_noise = [
+    with_noise: list[tuple[str, tuple[float, ...], list[Options]]] = [
         ("TopKSAE", usual, [{"k": k} for k in (5, 6, 8, 10)]),
         ("BatchTopKSAE", (5e-3, 1e-2, 2e-2), [{"k": k} for k in (8, 10, 12, 16)]),
         ("MatryoshkaSAE", (5e-3, 1e-2, 2e-2), [{"k": k} for k in (6, 8, 10, 12)]),
@@ -106,7 +108,7 @@ def tuning_jobs() -> list[Job]:
         ("GatedSAE", (3e-3, 1e-2, 3e-2), [{"l1_coefficient": c} for c in (0.2, 0.4, 0.6)]),
         ("JumpReLUSAE", (1e-3, *usual), [{"l0_coefficient": c} for c in (0.1, 0.2, 0.4)]),
     ]
-    without_noise = [
+    without_noise: list[tuple[str, tuple[float, ...], list[Options]]] = [
         (model, usual, [{"k": k} for k in (4, 5, 6)]) for model in ("BatchTopKSAE", "TopKSAE")
     ]
     return [

@@ -1,11 +1,12 @@
 """How long until the dictionary is right: spike-and-slab against TopK and BatchTopK.
 
-    python -m experiments.time_to_quality.run tune      # TopK and BatchTopK, on seed 100
+    python -m experiments.time_to_quality.run tune      # the spike-and-slab's rate, on seed 100
     python -m experiments.time_to_quality.run compare   # fits of several lengths, seeds 0, 1, 2
     python -m experiments.time_to_quality.run clock     # a step of each, in turns in one process
     python -m experiments.time_to_quality.run table     # README's table from the results
 
-The seed benchmark without noise. Each length is a fit of its own, with its learning rate down to
+The seed benchmark without noise; TopK and BatchTopK as tuned there (`experiments.seed_benchmark.run
+tune`). Each length is a fit of its own, with its learning rate down to
 zero at its end: a long fit's middle is worse than the end of a shorter one. Quality does not depend
 on the machine's load, and fits may run side by side; finished ones are kept in results/ and not
 repeated. A fit's time is its number of steps times the median step of `clock`, in seconds of one
@@ -31,17 +32,18 @@ from tqdm import tqdm
 
 import probsae as ps
 from benchmarks.fit_overhead import Stopwatch, commit, step_by_step
+from experiments.seed_benchmark.run import best_settings
 from probsae.inference import Callback, FitState, NoiseFloorWarning
 
 RESULTS = Path(__file__).parent / "results"
 CLOCK = "clock.json"
 D_SAE, BATCH_SIZE = 768, 1_024
-# Rivals are tuned on fits that are long enough to find the features: shorter ones want a larger k.
-SEEDS, TUNING_SEED, N_TUNING_STEPS = (0, 1, 2), 100, 3_000
-RIVALS = ("TopKSAE", "BatchTopKSAE")
-RIVAL_STEPS = (1_000, 2_000, 3_000, 4_000)
-OURS_STEPS = (500, 750, 1_000, 1_100, 1_200, 1_500, 2_000)
-POLISH_TOKENS, POLISHED_STEPS = 100_000, (500, 750, 1_000)
+SEEDS, TUNING_SEED, N_TUNING_STEPS = (0, 1, 2), 100, 900
+RIVALS, RIVAL_STEPS = ("TopKSAE", "BatchTopKSAE"), (3_000, 4_000)
+# The default rate (None), which serves wider activations and noise, and higher ones.
+OURS, OURS_RATES = "SpikeSlabDictionary", (None, 1e-2, 1.4e-2, 2e-2)
+OURS_STEPS = (750, 1_000, 1_100, 1_300)
+POLISH_TOKENS, POLISHED_STEPS = 100_000, (750,)
 MMCS_BAR, F1_BAR = 0.999, 0.93
 IS_COMPILED = True
 N_CLOCK_STEPS, N_CLOCK_PASSES = 300, 3
@@ -120,24 +122,24 @@ class Trial:
 
 
 def tuning_trials() -> list[Trial]:
-    """Grids of the rivals; k may know the truth, which is 5."""
+    """Return spike-and-slab fits at several rates, too short to find all at the default one."""
+    return [Trial(OURS, TUNING_SEED, N_TUNING_STEPS, learning_rate=rate) for rate in OURS_RATES]
+
+
+def tuned_rate() -> float | None:
+    """Rate of the spike-and-slab with the best MMCS on the tuning seed."""
+    done = [(trial, trial.result()) for trial in tuning_trials()]
+    found = {t.learning_rate: r["row"]["mmcs"] for t, r in done if r is not None}
+    return max(found, key=found.__getitem__, default=None)
+
+
+def rivals(seed: int, n_steps: int) -> list[Trial]:
+    """Fits of the rivals, at the options and rate with their best MMCS on the tuning seed."""
     return [
-        Trial(model, TUNING_SEED, N_TUNING_STEPS, {"k": k}, rate)
-        for model in RIVALS
-        for k in (4, 5, 6, 8)
-        for rate in (3e-3, 1e-2)
+        Trial(model, seed, n_steps, options, rate)
+        for model, (options, rate) in best_settings(noise_scale=0.0, measure="mmcs").items()
+        if model in RIVALS
     ]
-
-
-def tuned() -> dict[str, tuple[dict[str, float | int], float]]:
-    """Options and rate of each rival with the best MMCS on the tuning seed."""
-    best: dict[str, tuple[float, dict[str, float | int], float]] = {}
-    for trial in tuning_trials():
-        result = trial.result()
-        if result is not None and result["row"]["mmcs"] > best.get(trial.model, (0.0,))[0]:
-            assert trial.learning_rate is not None
-            best[trial.model] = (result["row"]["mmcs"], trial.options, trial.learning_rate)
-    return {model: (options, rate) for model, (_, options, rate) in best.items()}
 
 
 def comparison_trials() -> list[Trial]:
@@ -145,14 +147,12 @@ def comparison_trials() -> list[Trial]:
     trials = []
     for seed in SEEDS:
         for n_steps in RIVAL_STEPS:
-            trials += [
-                Trial(model, seed, n_steps, options, rate)
-                for model, (options, rate) in tuned().items()
-            ]
-        trials += [Trial("SpikeSlabDictionary", seed, n_steps) for n_steps in OURS_STEPS]
+            trials += rivals(seed, n_steps)
+        for rate in dict.fromkeys((tuned_rate(), None)):
+            trials += [Trial(OURS, seed, n, learning_rate=rate) for n in OURS_STEPS]
         trials += [
-            Trial("SpikeSlabDictionary", seed, n_steps, n_polish=POLISH_TOKENS)
-            for n_steps in POLISHED_STEPS
+            Trial(OURS, seed, n, learning_rate=tuned_rate(), n_polish=POLISH_TOKENS)
+            for n in POLISHED_STEPS
         ]
     return trials
 
@@ -167,10 +167,7 @@ def write(name: str, result: dict[str, Any]) -> None:
 
 def run_clock() -> None:
     """Time steps of all methods, taken in turns, and closed-form passes."""
-    trials = [
-        Trial(model, TUNING_SEED, N_CLOCK_STEPS, options, rate)
-        for model, (options, rate) in tuned().items()
-    ] + [Trial("SpikeSlabDictionary", TUNING_SEED, N_CLOCK_STEPS)]
+    trials = [*rivals(TUNING_SEED, N_CLOCK_STEPS), Trial(OURS, TUNING_SEED, N_CLOCK_STEPS)]
     data = ps.SyntheticActivations(seed=TUNING_SEED)
     fits: dict[str, tuple[Any, Clock]] = {}
 
@@ -211,14 +208,15 @@ def table() -> str:
     for seed in SEEDS:
         done = [(t, t.result()) for t in comparison_trials() if t.seed == seed]
         results = [(trial, result) for trial, result in done if result is not None]
-        rivals = [(t, r) for t, r in results if t.model in RIVALS]
-        if not rivals:
+        theirs = [(t, r) for t, r in results if t.model in RIVALS]
+        if not theirs:
             continue
-        unit = seconds_of(max(rivals, key=lambda rival: rival[1]["row"]["mmcs"])[0])
+        unit = seconds_of(max(theirs, key=lambda rival: rival[1]["row"]["mmcs"])[0])
         for trial, result in results:
             row, steps = result["row"], f"{trial.n_steps:,}"
             steps += f" + polish ({trial.n_polish:,} tokens)" if trial.n_polish else ""
             settings = "".join(f", {key} {value}" for key, value in trial.options.items())
+            settings += "" if trial.learning_rate is None else f", rate {trial.learning_rate}"
             cells = [trial.model + settings, steps, f"{seconds_of(trial) / unit:.2f}"]
             cells += [f"{row['mmcs']:.5f}", f"{row['least_cosine']:.4f}", f"{row['f1']:.3f}"]
             cells += [f"{row['best_f1']:.3f}", f"{row['fvu']:.4f}"]
