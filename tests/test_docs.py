@@ -12,7 +12,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {
     *("inspect.md", "calibration.md", "probing.md", "spike_slab.md", "ensembles.md"),
-    *("posteriors.md", "interop.md"),
+    *("posteriors.md", "interop.md", "language_models.md", "splice.md", "end_to_end.md"),
+    *("browser.md", "README.md"),
 }
 WITH_CODE = [
     pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [])
