@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from probsae.activations.source import check_activations
 from probsae.arviz_face import import_arviz as _arviz
 from probsae.inference.elbo import elbo_terms
-from probsae.models.base import SparseDictionary, as_event
+from probsae.models.base import SparseDictionary
 
 # Without chain and draw. `activations` has no dimension axis in `log_likelihood`, where arviz takes
 # the first name only.
@@ -103,7 +102,7 @@ def to_arviz(
         if model.has_linear_decoder:
             elbo = elbo_terms(model, x, posterior).elbo
         else:
-            kl = kl_divergence(as_event(posterior.distribution), model.prior())
+            kl = model.kl(posterior)
             elbo = log_likelihood.mean(0) - kl
     rate = getattr(model, "firing_rate", posterior.p_active.mean(0)).detach()
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
 from probsae.dictionary import Dictionary
 from probsae.inference.elbo import elbo_terms
 from probsae.metrics import calibration, recovery
 from probsae.metrics.coverage import posterior_given_active
-from probsae.models.base import SparseDictionary, as_event
+from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
 
 # Cosine from which a true feature counts as found, and is scored for calibration.
@@ -140,7 +140,7 @@ class Scores:
 def _sampled_elbo(model: SparseDictionary, x: Tensor, posterior: CodePosterior) -> float:
     """ELBO of a non-linear decoder, summed over tokens, from 8 draws of the codes."""
     with torch.no_grad():
-        kl = kl_divergence(as_event(posterior.distribution), model.prior())
+        kl = model.kl(posterior)
         x_hat = model.decode(posterior.sample(8))
         log_likelihood = Normal(x_hat, model.noise_scale).log_prob(x).sum(-1).mean(0)
         return float((log_likelihood - kl).double().sum())

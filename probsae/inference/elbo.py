@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from probsae.distributions.rows import mean_over_tokens, sum_over_tokens
-from probsae.models.base import SparseDictionary, as_event
+from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
 
 
@@ -90,11 +90,11 @@ def elbo_terms(
     require_linear_decoder(model)
     posterior = model.posterior(x) if posterior is None else posterior
     residual = x - model.decode(posterior.mean)
-    squared_error = residual.square().sum(-1)
-    spread = posterior.variance.sum(-1)  # sum_i v_i |w_i|^2 with unit rows
-    log_likelihood = expected_log_likelihood(model, squared_error + spread)
-    kl = kl_divergence(as_event(posterior.distribution), model.prior())
-    return ElboTerms(log_likelihood, kl, squared_error)
+    squared_error = expected = residual.square().sum(-1)
+    if not posterior.is_point:
+        expected = squared_error + posterior.variance.sum(-1)  # sum_i v_i |w_i|^2, unit rows
+    log_likelihood = expected_log_likelihood(model, expected)
+    return ElboTerms(log_likelihood, model.kl(posterior), squared_error)
 
 
 def expected_log_likelihood(

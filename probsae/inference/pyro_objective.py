@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from probsae.inference.elbo import Objective
-from probsae.models.base import SparseDictionary, as_event
+from probsae.models.base import SparseDictionary
 
 
 def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
@@ -35,7 +34,7 @@ def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tenso
         before, version = counted[name]
         if value._version != version:  # the others may be part of the loss's graph
             value.copy_(before)
-    kl = kl_divergence(as_event(posterior.distribution), model.prior()).mean()
+    kl = model.kl(posterior).mean()
     auxiliary = torch.zeros_like(kl) if extra is None else extra.mean()
     log_prior = model.log_prior_parameters()
     if log_prior is not None:

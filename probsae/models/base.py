@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, kl_divergence
 
 from probsae.activations.geometric_median import geometric_median
 from probsae.activations.resources import check_memory
@@ -32,7 +32,7 @@ class SparseDictionary(nn.Module, ABC):
     r"""x = z W_dec + b_dec + noise, with sparse codes z; probabilistic and deterministic alike.
 
     Subclasses fill the hooks `prior`, `posterior`, `hyperparameters` and, where they need them,
-    `initialize_codes_`, `auxiliary_loss`, `log_prior_parameters`, `correction`.
+    `initialize_codes_`, `auxiliary_loss`, `kl`, `log_prior_parameters`, `correction`.
 
     Parameters
     ----------
@@ -153,6 +153,10 @@ class SparseDictionary(nn.Module, ABC):
     ) -> Float[Tensor, " token"] | None:
         """Training loss beside the ELBO, nats per token (a deterministic SAE's squared error)."""
         return None
+
+    def kl(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
+        """Return KL(q(z | x) || p(z)) of each token, nats; of a point, minus its log density."""
+        return kl_divergence(as_event(posterior.distribution), self.prior())
 
     def log_prior_parameters(self) -> Tensor | None:
         """Log-density of learned parameters that have a prior (the firing rates), nats."""

@@ -49,6 +49,11 @@ class CodePosterior:
         self.log_evidence = log_evidence
 
     @property
+    def is_point(self) -> bool:
+        """Whether all mass is on one code: a deterministic method's."""
+        return isinstance(self.distribution, dist.Delta)
+
+    @property
     def mean(self) -> Float[Tensor, "token d_sae"]:
         """E z, the codes to reconstruct with; units of the activations."""
         q = self.distribution

@@ -95,6 +95,11 @@ class DeterministicSAE(SparseDictionary):
         """Return the sparsity penalty of each token at full weight; 0 where k fixes it."""
         return torch.zeros_like(posterior.mean[:, 0])
 
+    def kl(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
+        if not posterior.is_point:
+            return super().kl(posterior)
+        return torch.zeros_like(posterior.mean[:, 0])  # the prior is flat
+
     def loss(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, " token"]:
         """Return squared error and sparsity penalty of each token."""
         posterior = self.posterior(x)
