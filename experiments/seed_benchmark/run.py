@@ -94,27 +94,36 @@ class Job:
         return result
 
 
-def tuning_jobs() -> list[Job]:
-    """Grids of the deterministic SAEs, at the comparison's steps; k may know the truth.
+Grid: TypeAlias = list[tuple[str, tuple[float, ...], list[Options]]]
+# Crosses: sparsity at the best rate, and the rate at the best sparsity, none of them at an end.
+# k may know the truth, which is 5; with noise more than that is better, without it fewer.
+WITH_NOISE: Grid = [
+    ("BatchTopKSAE", (1e-2,), [{"k": k} for k in (8, 10, 12)]),
+    ("BatchTopKSAE", (5e-3, 2e-2), [{"k": 10}]),
+    ("GatedSAE", (1e-2,), [{"l1_coefficient": c} for c in (0.2, 0.4, 0.6)]),
+    ("GatedSAE", (3e-3, 3e-2), [{"l1_coefficient": 0.4}]),
+    ("JumpReLUSAE", (3e-3,), [{"l0_coefficient": c} for c in (0.1, 0.2, 0.4)]),
+    ("JumpReLUSAE", (1e-3, 1e-2), [{"l0_coefficient": 0.2}]),
+    ("MatryoshkaSAE", (1e-2,), [{"k": k} for k in (6, 8, 10)]),
+    ("MatryoshkaSAE", (5e-3, 2e-2), [{"k": 8}]),
+    ("ReLUSAE", (3e-2,), [{"l1_coefficient": c} for c in (0.1, 0.2, 0.3)]),
+    ("ReLUSAE", (1e-2, 6e-2), [{"l1_coefficient": 0.2}]),
+    ("TopKSAE", (3e-3,), [{"k": k} for k in (5, 6, 8)]),
+    ("TopKSAE", (1e-3, 1e-2), [{"k": 6}]),
+]
+WITHOUT_NOISE: Grid = [
+    (model, rates, [{"k": k} for k in ks])
+    for model in ("BatchTopKSAE", "TopKSAE")
+    for rates, ks in (((3e-3,), (4, 5, 6)), ((1e-2,), (4,)))
+]
 
-    A family's best rate and sparsity lie within its grid. Without noise k is near the truth.
-    """
-    usual = (3e-3, 1e-2)
-    with_noise: list[tuple[str, tuple[float, ...], list[Options]]] = [
-        ("TopKSAE", usual, [{"k": k} for k in (5, 6, 8, 10)]),
-        ("BatchTopKSAE", (5e-3, 1e-2, 2e-2), [{"k": k} for k in (8, 10, 12, 16)]),
-        ("MatryoshkaSAE", (5e-3, 1e-2, 2e-2), [{"k": k} for k in (6, 8, 10, 12)]),
-        ("ReLUSAE", (1e-2, 3e-2, 6e-2), [{"l1_coefficient": c} for c in (0.1, 0.2, 0.3)]),
-        ("GatedSAE", (3e-3, 1e-2, 3e-2), [{"l1_coefficient": c} for c in (0.2, 0.4, 0.6)]),
-        ("JumpReLUSAE", (1e-3, *usual), [{"l0_coefficient": c} for c in (0.1, 0.2, 0.4)]),
-    ]
-    without_noise: list[tuple[str, tuple[float, ...], list[Options]]] = [
-        (model, usual, [{"k": k} for k in (4, 5, 6)]) for model in ("BatchTopKSAE", "TopKSAE")
-    ]
+
+def tuning_jobs() -> list[Job]:
+    """Deterministic SAEs to tune, at the comparison's steps, on the tuning seed."""
     return [
         Job(model, noise, "none", TUNING_SEED, options, rate, N_STEPS[noise])
-        for noise, grids in ((0.05, with_noise), (0.0, without_noise))
-        for model, rates, choices in grids
+        for noise, grid in ((0.05, WITH_NOISE), (0.0, WITHOUT_NOISE))
+        for model, rates, choices in grid
         for options in choices
         for rate in rates
     ]

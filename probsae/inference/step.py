@@ -23,11 +23,12 @@ _COMPILE_FROM = 4e11
 # What compiling saves of a variational code, in products of a ReLU SAE: 80 to 140 ns of a core in
 # 64 dimensions (spike-and-slab, rectified Gaussian, Laplace; x86), a ReLU's code 10 ns in 256.
 _VARIATIONAL_CODE = 1_000
-# Codes, 4 MB, at a time on a CPU: arrays of a whole batch leave its cache between two passes.
+# Codes, 4 MB, that a thread of a CPU has at a time: arrays of a whole batch leave its cache between
+# two passes.
 _PIECE = 2**20
-# Of a compiled point posterior: few passes are left between its products, and larger pieces spare
-# it those over parameters (docs/decisions/cpu_steps.md).
-_COMPILED_POINT_PIECE = 2**22
+# Of a point posterior: few passes lie between its products, and larger pieces spare it those over
+# parameters (docs/decisions/cpu_steps.md).
+_POINT_PIECE = 2**21
 # Below this the matrix products lose more than the cache gains.
 _MIN_PIECE_TOKENS = 256
 
@@ -61,11 +62,11 @@ def training_step(
     if compile is None:
         compile = pays_to_compile([model], batch_size, n_steps)
     function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
-    n_tokens, n_kept = (piece_tokens(model, batch_size, mode) for mode in (compile, False))
+    n_tokens = piece_tokens(model, batch_size)
 
     def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
         if keeps_few(model, x):
-            return kept_step(model, x, kl_weight, n_kept)
+            return kept_step(model, x, kl_weight, n_tokens)
         return _differentiate(function, model, x, kl_weight, n_tokens)
 
     return step
@@ -94,15 +95,15 @@ def members_at_a_time(model: SparseDictionary, n_tokens: int) -> int:
         return sys.maxsize
     if isinstance(model, KeepingSAE):  # each on its own takes the step that suits its codes
         return 1
-    return max(1, _PIECE // (n_tokens * model.d_sae))
+    return max(1, _PIECE * torch.get_num_threads() // (n_tokens * model.d_sae))
 
 
-def piece_tokens(model: SparseDictionary, batch_size: int, is_compiled: bool = False) -> int:
+def piece_tokens(model: SparseDictionary, batch_size: int) -> int:
     """Tokens that a step takes at a time: a divisor of the batch, all of it on a GPU."""
     if model.b_dec.is_cuda or model.couples_tokens:
         return batch_size
-    piece = _COMPILED_POINT_PIECE if is_compiled and model.is_deterministic else _PIECE
-    most = max(_MIN_PIECE_TOKENS, piece // model.d_sae)
+    piece = _POINT_PIECE if model.is_deterministic else _PIECE
+    most = max(_MIN_PIECE_TOKENS, piece * torch.get_num_threads() // model.d_sae)
     n_tokens = batch_size
     while n_tokens > most and n_tokens % 2 == 0:
         n_tokens //= 2

@@ -509,7 +509,9 @@ def test_pieces_of_a_batch_give_its_gradient(source, monkeypatch):
     for cls in (ps.SpikeSlabDictionary, ps.ReLUSAE):
         fits = []
         for piece in (2**20, 1024 * 12):
-            monkeypatch.setattr("probsae.inference.step._PIECE", piece)
+            for name in ("_PIECE", "_POINT_PIECE"):
+                monkeypatch.setattr(f"probsae.inference.step.{name}", piece)
+            monkeypatch.setattr("torch.get_num_threads", lambda: 1)
             assert step.piece_tokens(small_model(cls), 4096) == min(4096, piece // 12)
             model = small_model(cls).double()
             ps.fit(model, x, **{**OPTIONS, "batch_size": 4096, "n_steps": 5})
@@ -518,9 +520,12 @@ def test_pieces_of_a_batch_give_its_gradient(source, monkeypatch):
             torch.testing.assert_close(fits[1][name], value, msg=name)
 
 
-def test_a_model_that_couples_tokens_is_given_whole_batches():
-    assert step.piece_tokens(ps.BatchTopKSAE(d_in=8, d_sae=2**13, k=2), 4096) == 4096
-    assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 4096) == 256
-    assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 1000) == 250
-    assert step.piece_tokens(ps.ReLUSAE(d_in=8, d_sae=2**13), 4096, is_compiled=True) == 512
-    assert step.piece_tokens(ps.SpikeSlabDictionary(8, 2**13), 4096, is_compiled=True) == 256
+def test_pieces_fill_each_threads_cache(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert step.piece_tokens(ps.BatchTopKSAE(d_in=8, d_sae=2**13, k=2), 4096) == 4096  # coupled
+    relu, spike_slab = ps.ReLUSAE(d_in=8, d_sae=2**13), ps.SpikeSlabDictionary(8, 2**12)
+    assert [step.piece_tokens(relu, n) for n in (4096, 1000)] == [256, 250]
+    assert step.piece_tokens(spike_slab, 4096) == 256
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    assert [step.piece_tokens(relu, n) for n in (4096, 1000)] == [1024, 1000]
+    assert step.piece_tokens(spike_slab, 4096) == 1024

@@ -9,14 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from pyro.distributions import Delta
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import SpikeSlab, TruncatedNormal
 from probsae.distributions.rows import expand_row
 from probsae.models.base import SparseDictionary, as_event
-from probsae.models.code_posterior import CodePosterior
+from probsae.models.code_posterior import CodePosterior, PointPosterior
 from probsae.models.code_priors import typical_code_size
 from probsae.models.sae.kept import Support, kept_pre_activations
 
@@ -89,7 +88,7 @@ class DeterministicSAE(SparseDictionary):
     def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
         pre_activation = self.pre_activation(x)
         z = self.codes(pre_activation)
-        return CodePosterior(Delta(z, validate_args=False), pre_activation=pre_activation)
+        return PointPosterior(z, pre_activation)
 
     def penalty(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
         """Return the sparsity penalty of each token at full weight; 0 where k fixes it."""
