@@ -39,10 +39,10 @@ RESULTS = Path(__file__).parent / "results"
 CLOCK = "clock.json"
 D_SAE, BATCH_SIZE = 768, 1_024
 SEEDS, TUNING_SEED, N_TUNING_STEPS = (0, 1, 2), 100, 900
-RIVALS, RIVAL_STEPS = ("TopKSAE", "BatchTopKSAE"), (3_000, 4_000)
+RIVALS, RIVAL_STEPS = ("TopKSAE", "BatchTopKSAE"), (4_000,)
 # The default rate (None), which serves wider activations and noise, and higher ones.
 OURS, OURS_RATES = "SpikeSlabDictionary", (None, 1e-2, 1.4e-2, 2e-2)
-OURS_STEPS = (750, 1_000, 1_100, 1_300)
+OURS_STEPS = (750, 1_000)
 POLISH_TOKENS, POLISHED_STEPS = 100_000, (750,)
 MMCS_BAR, F1_BAR = 0.999, 0.93
 IS_COMPILED = True
@@ -148,8 +148,7 @@ def comparison_trials() -> list[Trial]:
     for seed in SEEDS:
         for n_steps in RIVAL_STEPS:
             trials += rivals(seed, n_steps)
-        for rate in dict.fromkeys((tuned_rate(), None)):
-            trials += [Trial(OURS, seed, n, learning_rate=rate) for n in OURS_STEPS]
+        trials += [Trial(OURS, seed, n, learning_rate=tuned_rate()) for n in OURS_STEPS]
         trials += [
             Trial(OURS, seed, n, learning_rate=tuned_rate(), n_polish=POLISH_TOKENS)
             for n in POLISHED_STEPS
