@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._inductor
 from torch._functorch.partitioners import default_partition
 from torch.fx import Graph, GraphModule
 
@@ -31,6 +32,18 @@ def compiled_objective(on_cpu: bool) -> Callable[..., Objective]:
         options["custom_partitioner_fn"] = _KeepWhatIsSaved()
         options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
     return torch.compile(copy, fullgraph=True, options=options)
+
+
+def compiled_graph(graph: GraphModule, inputs: Sequence[Any], on_cpu: bool) -> Callable[..., Any]:
+    """Compile a traced graph for inputs of these shapes, devices and types.
+
+    Nothing of a traced graph is left to guard: `torch.compile` would look at each input again, at
+    every call, for a millisecond or more.
+    """
+    options: dict[str, Any] = {}
+    if on_cpu and CustomGraphPass is not None:
+        options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
+    return torch._inductor.compile(graph, list(inputs), options=options)
 
 
 if CustomGraphPass is not None and CustomPartitionerFn is not None:

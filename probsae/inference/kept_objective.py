@@ -15,13 +15,20 @@ from probsae.models.sae.kept import decode_kept
 _MAX_SHARE = 1 / 8
 
 
-def keeps_few(model: SparseDictionary, x: Float[Tensor, "token d_in"]) -> bool:
-    """Whether a step on `x` is better taken through the kept codes."""
+def keeps_few(
+    model: SparseDictionary, x: Float[Tensor, "token d_in"], before: Objective | None = None
+) -> bool:
+    """Whether a step on `x` is better taken through the kept codes.
+
+    What the step before showed, where there was one, tells how many they are; `x` is then not
+    looked at.
+    """
     if not isinstance(model, KeepingSAE) or model.product_dtype is not None:
         return False
     if x.device.type != "cpu" or not torch.backends.mkl.is_available():
         return False
-    return model.expected_l0(x) <= _MAX_SHARE * model.d_sae
+    l0 = model.expected_l0(x) if before is None else float(before.l0)
+    return l0 <= _MAX_SHARE * model.d_sae
 
 
 def kept_objective(

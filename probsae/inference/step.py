@@ -63,11 +63,15 @@ def training_step(
         compile = pays_to_compile([model], batch_size, n_steps)
     function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
     n_tokens = piece_tokens(model, batch_size)
+    before: Objective | None = None
 
     def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
-        if keeps_few(model, x):
-            return kept_step(model, x, kl_weight, n_tokens)
-        return _differentiate(function, model, x, kl_weight, n_tokens)
+        nonlocal before
+        if keeps_few(model, x, before):
+            before = kept_step(model, x, kl_weight, n_tokens)
+        else:
+            before = _differentiate(function, model, x, kl_weight, n_tokens)
+        return before
 
     return step
 

@@ -95,6 +95,9 @@ def test_a_fit_takes_the_kept_codes_where_they_are_few(monkeypatch):
     assert not keeps_few(few, X.to("meta"))  # nor on a GPU, where looking at values costs
     relu = ps.ReLUSAE(d_in=12, d_sae=32)
     assert not keeps_few(relu, X)  # half of the pre-activations are positive at first
+    shown = kept_objective(relu, X)
+    assert not keeps_few(relu, X, shown)
+    assert keeps_few(relu, X, shown._replace(firing_rate=shown.firing_rate / 100))
     with torch.no_grad():
         relu.b_enc.fill_(-10.0)
     assert keeps_few(relu, X)
@@ -156,14 +159,14 @@ def test_both_paths_learn_the_same(monkeypatch):
         torch.manual_seed(0)
         model = ps.ReLUSAE(d_in=16, d_sae=64, l1_coefficient=0.4)
         if is_dense:
-            monkeypatch.setattr("probsae.inference.step.keeps_few", lambda model, x: False)
+            monkeypatch.setattr("probsae.inference.step.keeps_few", lambda *inputs: False)
         else:
             monkeypatch.setattr("probsae.inference.step.keeps_few", noted)
         ps.fit(model, x, n_steps=120, batch_size=200, learning_rate=1e-2, schedule=None)
         return model.dictionary()
 
-    def noted(model, x):
-        paths.append(keeps_few(model, x))
+    def noted(model, x, before):
+        paths.append(keeps_few(model, x, before))
         return paths[-1]
 
     sparse, dense = fitted(False), fitted(True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from probsae.inference.compiling import compiled_graph
 from probsae.inference.elbo import Objective
 from probsae.inference.ensemble.member import Member, course
 from probsae.inference.ensemble.memory import split
@@ -21,6 +22,8 @@ from probsae.models.base import SparseDictionary
 class _Chunk(NamedTuple):
     """Views of those members that take their step at a time."""
 
+    first: int
+    """Place of the first one in the group."""
     single: SparseDictionary | None
     """The model, where it is one."""
     values: Tensors
@@ -84,6 +87,7 @@ class Group:
 
         models = stack.models[part]
         return _Chunk(
+            part.start,
             models[0] if len(models) == 1 else None,
             *map(views, (stack.values, stack.hyper, adam, self.guard, self.rates)),
         )
@@ -115,7 +119,8 @@ class Group:
         self.shown = Objective(*map(_join, zip(*shown, strict=True)))
 
     def _advance(self, chunk: _Chunk, x: Tensor, x_is_finite: Tensor) -> list[Tensor]:
-        if chunk.single is not None and keeps_few(chunk.single, x):
+        before = None if self.shown is None else self.objective_of(chunk.first)
+        if chunk.single is not None and keeps_few(chunk.single, x, before):
             gradient = self._kept_gradient(chunk.single, chunk.rates.kl_weight, x)
         else:
             gradient = self._dense_gradient(chunk, x)
@@ -163,7 +168,10 @@ class Group:
         key = (function, n_members, inputs[-1].shape if function is self._gradient else None)
         if key not in self._graphs:
             graph = trace(function, *inputs)
-            self._graphs[key] = torch.compile(graph, fullgraph=True) if self.is_compiled else graph
+            if self.is_compiled:
+                on_cpu = not inputs[0]["b_dec"].is_cuda
+                graph = compiled_graph(graph, inputs, on_cpu)
+            self._graphs[key] = graph
         return self._graphs[key](*inputs)
 
     def objective_of(self, index: int) -> Objective:

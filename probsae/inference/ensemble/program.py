@@ -93,13 +93,21 @@ class Gradient:
         for name in self.trained:
             values[name].requires_grad_()
         with torch.enable_grad():
-            shown, buffers = vmap(self._member, in_dims=(0, 0, 0, None))(
-                values, hyper, kl_weight, x
-            )
+            shown, buffers = self._members(values, hyper, kl_weight, x)
             gradients = torch.autograd.grad(
                 shown[0].sum(), [values[n] for n in self.trained], materialize_grads=True
             )
         return [term.detach() for term in shown], buffers, list(gradients)
+
+    def _members(
+        self, values: Tensors, hyper: Tensors, kl_weight: Tensor, x: Tensor
+    ) -> tuple[list[Tensor], Tensors]:
+        if len(kl_weight) > 1:
+            return vmap(self._member, in_dims=(0, 0, 0, None))(values, hyper, kl_weight, x)
+        # Alone, its products are plain ones: a CPU takes them faster, and fuses what follows.
+        values, hyper = ({n: v[0] for n, v in each.items()} for each in (values, hyper))
+        shown, buffers = self._member(values, hyper, kl_weight[0], x)
+        return [term[None] for term in shown], {n: v[None] for n, v in buffers.items()}
 
     def _member(
         self, values: Tensors, hyper: Tensors, kl_weight: Tensor, x: Tensor
