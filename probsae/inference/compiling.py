@@ -43,7 +43,8 @@ def compiled_graph(graph: GraphModule, inputs: Sequence[Any], on_cpu: bool) -> C
     options: dict[str, Any] = {}
     if on_cpu and CustomGraphPass is not None:
         options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
-    return torch._inductor.compile(graph, list(inputs), options=options)
+    result: Any = torch._inductor.compile(graph, list(inputs), options=options)
+    return result
 
 
 if CustomGraphPass is not None and CustomPartitionerFn is not None:

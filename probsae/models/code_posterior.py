@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import pyro.distributions as dist
@@ -110,7 +110,7 @@ def PointPosterior(
     z: Float[Tensor, "token d_sae"], pre_activation: Float[Tensor, "token d_sae"] | None = None
 ) -> CodePosterior:
     """Posterior of a method without uncertainty: all mass on the codes `z`."""
-    log_density = z.new_zeros(()).expand(z.shape)  # Delta itself would write it out
+    log_density: Any = z.new_zeros(()).expand(z.shape)  # Delta itself would write it out
     law = dist.Delta(z, log_density, validate_args=False)
     return CodePosterior(law, pre_activation=pre_activation)
 
