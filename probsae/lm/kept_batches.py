@@ -43,7 +43,8 @@ class KeptBatches:
         if (path / _SETTINGS).exists():
             _check_settings(path, settings)
             return
-        if path.exists() and any(path.iterdir()):
+        # A kill may have left an unfinished file of its own.
+        if path.exists() and any(file.suffix != ".tmp" for file in path.iterdir()):
             raise FileExistsError(
                 f"{path} is not empty and holds no checkpoint; choose another folder"
             )

@@ -119,14 +119,17 @@ class Group:
         self.shown = Objective(*map(_join, zip(*shown, strict=True)))
 
     def _advance(self, chunk: _Chunk, x: Tensor, x_is_finite: Tensor) -> list[Tensor]:
-        before = None if self.shown is None else self.objective_of(chunk.first)
-        if chunk.single is not None and keeps_few(chunk.single, x, before):
+        if chunk.single is not None and keeps_few(chunk.single, x, self._before(chunk.first)):
             gradient = self._kept_gradient(chunk.single, chunk.rates.kl_weight, x)
         else:
             gradient = self._dense_gradient(chunk, x)
         values = (chunk.values, chunk.adam, chunk.guard, chunk.rates)
         self._run(self._update, *values, x_is_finite, *gradient)
         return gradient[0]
+
+    def _before(self, index: int) -> Objective | None:
+        """Return what member `index` showed in the step before, if there was one."""
+        return None if self.shown is None else self.objective_of(index)
 
     def _dense_gradient(
         self, chunk: _Chunk, x: Tensor
