@@ -416,6 +416,7 @@ for compile in (False, True):
         torch.manual_seed(seed)
         models.append(ps.SpikeSlabDictionary(8, 12).double())
         models.append(ps.TopKSAE(8, 12, k=seed + 1).double())
+        models.append(ps.ReLUSAE(8, 12, l1_coefficient=0.01 * (seed + 1)).double())  # dense, alone
     ps.fit_ensemble(models, source, n_steps=10, batch_size=32, device="cpu", compile=compile)
     fitted.append(models)
 for a, b in zip(*fitted):
