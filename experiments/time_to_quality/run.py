@@ -42,7 +42,7 @@ SEEDS, TUNING_SEED, N_TUNING_STEPS = (0, 1, 2), 100, 900
 RIVALS, RIVAL_STEPS = ("TopKSAE", "BatchTopKSAE"), (4_000,)
 # The default rate (None), which serves wider activations and noise, and higher ones.
 OURS, OURS_RATES = "SpikeSlabDictionary", (None, 1e-2, 1.4e-2, 2e-2)
-OURS_STEPS = (750, 1_000)
+OURS_STEPS = (1_000,)
 POLISH_TOKENS, POLISHED_STEPS = 100_000, (750,)
 MMCS_BAR, F1_BAR = 0.999, 0.93
 IS_COMPILED = True
