@@ -83,13 +83,14 @@ def reliability_diagram(predictions: Mapping[str, tuple[Tensor, Tensor]]) -> Fig
 
 
 def loss_curves(histories: Mapping[str, Mapping[str, list]]) -> Figure:
-    """Draw each fit's loss, fvu and expected l0 on its batches against steps.
+    """Draw each fit's minus ELBO, fvu and expected l0 on its batches against steps.
 
-    Losses are nats or squared errors, each family's own: each is drawn from its least, 0, to its
-    largest, 1. They rise where a penalty is still warming up.
+    ELBOs are nats or squared errors, each family's own: each is drawn from its least loss, 0, to
+    its largest, 1. The KL term has its full weight in all of them: the annealed one would show the
+    warm-up of the constants in it, some 1,800 nats of a ReLU SAE's prior, and nothing else.
     """
     labels = {
-        "loss": "training loss, from its least to its largest",
+        "elbo": "minus the ELBO, from its least to its largest",
         "fvu": "fraction of variance unexplained",
         "l0": "expected active features a token",
     }
@@ -97,10 +98,10 @@ def loss_curves(histories: Mapping[str, Mapping[str, list]]) -> Figure:
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for name, history in histories.items():
             values = np.asarray(history[key])
-            if key == "loss":
-                values = (values - values.min()) / max(np.ptp(values), 1e-12)
+            if key == "elbo":
+                values = (values.max() - values) / max(np.ptp(values), 1e-12)
             axes.plot(history["step"], values, label=name)
-        axes.set(yscale="linear" if key == "loss" else "log", xlabel="step", ylabel=label)
+        axes.set(yscale="linear" if key == "elbo" else "log", xlabel="step", ylabel=label)
     panels[0].legend(fontsize="small")
     return figure
 

@@ -28,11 +28,11 @@ def test_reliability_of_perfect_probabilities_lies_on_the_diagonal():
 
 
 def test_loss_curves_draw_each_history():
-    history = {"step": [1, 2, 3], "loss": [3.0, -2.0, -1.0]}
+    history = {"step": [1, 2, 3], "elbo": [-3.0, 2.0, 1.0]}
     history |= {"fvu": [0.5, 0.1, 0.2], "l0": [9.0, 3.0, 4.0]}
-    drawn = history | {"loss": [1.0, 0.0, 0.2]}
+    drawn = history | {"elbo": [1.0, 0.0, 0.2]}
     panels = plots.loss_curves({"a": history, "b": history}).axes
-    for axes, key in zip(panels, ("loss", "fvu", "l0"), strict=True):
+    for axes, key in zip(panels, ("elbo", "fvu", "l0"), strict=True):
         assert len(axes.lines) == 2
         np.testing.assert_allclose(axes.lines[0].get_data()[1], drawn[key])
 
