@@ -98,17 +98,17 @@ Grid: TypeAlias = list[tuple[str, tuple[float, ...], list[Options]]]
 # Crosses: sparsity at the best rate, and the rate at the best sparsity. The best of JumpReLU (.1)
 # and Matryoshka (k 6) lie at an end of theirs (README). k may know the truth, which is 5.
 WITH_NOISE: Grid = [
-    ("BatchTopKSAE", (1e-2,), [{"k": k} for k in (8, 10, 12)]),
+    ("BatchTopKSAE", (1e-2,), [{"k": k} for k in (8, 10, 12, 16)]),
     ("BatchTopKSAE", (5e-3, 2e-2), [{"k": 10}]),
     ("GatedSAE", (1e-2,), [{"l1_coefficient": c} for c in (0.2, 0.4, 0.6)]),
     ("GatedSAE", (3e-3, 3e-2), [{"l1_coefficient": 0.4}]),
-    ("JumpReLUSAE", (3e-3,), [{"l0_coefficient": c} for c in (0.1, 0.2, 0.4)]),
+    ("JumpReLUSAE", (3e-3,), [{"l0_coefficient": c} for c in (0.025, 0.05, 0.1, 0.2, 0.4)]),
     ("JumpReLUSAE", (1e-3, 1e-2), [{"l0_coefficient": 0.2}]),
-    ("MatryoshkaSAE", (1e-2,), [{"k": k} for k in (6, 8, 10)]),
-    ("MatryoshkaSAE", (5e-3, 2e-2), [{"k": 8}]),
+    ("MatryoshkaSAE", (1e-2,), [{"k": k} for k in (4, 5, 6, 8, 10)]),
+    ("MatryoshkaSAE", (5e-3, 2e-2), [{"k": 6}]),
     ("ReLUSAE", (3e-2,), [{"l1_coefficient": c} for c in (0.1, 0.2, 0.3)]),
     ("ReLUSAE", (1e-2, 6e-2), [{"l1_coefficient": 0.2}]),
-    ("TopKSAE", (3e-3,), [{"k": k} for k in (5, 6, 8)]),
+    ("TopKSAE", (3e-3,), [{"k": k} for k in (5, 6, 8, 10, 12)]),
     ("TopKSAE", (1e-3, 1e-2), [{"k": 6}]),
 ]
 WITHOUT_NOISE: Grid = [

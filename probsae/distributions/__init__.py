@@ -2,7 +2,8 @@
 
 `SpikeSlab` mixes an atom at zero with a slab; `TruncatedNormal` is the slab on the half line
 (a half-normal at `loc=0`); `RectifiedNormal` is the spike-and-slab that max(0, N(loc, scale))
-follows; `TiltedSpikeSlab` is what evidence makes of a spike-and-slab prior. Densities are taken
+follows; `TiltedSpikeSlab` is what evidence makes of a spike-and-slab prior, and `KnownSpikeSlab`
+one whose moments were found together with its parameters. Densities are taken
 with respect to Lebesgue measure plus an atom at zero, so that the Kullback-Leibler divergences are
 those of the mixed measures.
 """
@@ -17,7 +18,7 @@ from pyro.distributions import (
 )
 from torch.distributions import kl_divergence
 
-from probsae.distributions.spike_slab import RectifiedNormal, SpikeSlab
+from probsae.distributions.spike_slab import KnownSpikeSlab, RectifiedNormal, SpikeSlab
 from probsae.distributions.tilted import TiltedSpikeSlab
 from probsae.distributions.truncated_normal import TruncatedNormal
 
@@ -38,4 +39,4 @@ def _warm_dispatch() -> None:
 
 _warm_dispatch()
 
-__all__ = ["RectifiedNormal", "SpikeSlab", "TiltedSpikeSlab", "TruncatedNormal"]
+__all__ = ["KnownSpikeSlab", "RectifiedNormal", "SpikeSlab", "TiltedSpikeSlab", "TruncatedNormal"]

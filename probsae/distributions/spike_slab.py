@@ -103,6 +103,48 @@ class SpikeSlab(TorchDistribution):
             return torch.where(is_active, slab, 0.0)
 
 
+class KnownSpikeSlab(SpikeSlab):
+    """A `SpikeSlab` whose moments are known already; its slab is made when it is first asked for.
+
+    Parameters
+    ----------
+    slab : type
+        `Normal` or `TruncatedNormal`, of parameters `loc` and `scale`.
+    logits, loc, scale, p_active, mean, variance : Tensor
+        Of one shape.
+    """
+
+    def __init__(
+        self,
+        slab: type,
+        logits: Tensor,
+        loc: Tensor,
+        scale: Tensor,
+        p_active: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+    ):
+        self.logits, self._loc, self._scale = logits, loc, scale
+        self._p_active, self._mean, self._variance = p_active, mean, variance
+        self._slab_type, self._slab = slab, None
+        TorchDistribution.__init__(self, logits.shape, validate_args=False)
+
+    @property
+    def slab(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Law of a code given that it is active."""
+        if self._slab is None:
+            self._slab = self._slab_type(self._loc, self._scale, validate_args=False)
+        return self._slab
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self._variance
+
+
 class RectifiedNormal(SpikeSlab):
     """The law of max(0, N(loc, scale)): gamma = Phi(loc/scale), slab TruncatedNormal(loc, scale).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,19 +20,38 @@ except ImportError:  # a torch that has no such hooks; a step takes a third long
     CustomGraphPass, CustomPartitionerFn = None, None
 
 
-def compiled_objective(on_cpu: bool) -> Callable[..., Objective]:
-    """Compile `objective` afresh.
+def has_compiler() -> bool:
+    """Whether inductor finds what it compiles for a CPU with."""
+    return bool(shutil.which("g++") or shutil.which("clang++"))
 
-    Dynamo allows one code object eight specialisations, and the ninth model fitted in a process
-    would be refused: each fit compiles a copy of its own.
-    """
-    copy = types.FunctionType(objective.__code__.replace(), objective.__globals__)
-    copy.__defaults__ = objective.__defaults__
+
+def compiled_objective(on_cpu: bool) -> Callable[..., Objective]:
+    """Compile `objective` afresh, for one fit."""
     options: dict[str, Any] = {}
     if on_cpu and CustomPartitionerFn is not None:
         options["custom_partitioner_fn"] = _KeepWhatIsSaved()
         options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
-    return torch.compile(copy, fullgraph=True, options=options)
+    return torch.compile(_copy(objective), fullgraph=True, options=options)
+
+
+def compiled_function(function: types.FunctionType, on_cpu: bool) -> Callable[..., Any]:
+    """Compile a function that is called without gradient, afresh and for batches of any size."""
+    options: dict[str, Any] = {}
+    if on_cpu and CustomGraphPass is not None:
+        options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
+    return torch.compile(_copy(function), fullgraph=True, dynamic=True, options=options)
+
+
+def _copy(function: types.FunctionType) -> types.FunctionType:
+    """Copy what is to be compiled.
+
+    Dynamo allows one code object eight specialisations, and the ninth model in a process would be
+    refused.
+    """
+    code = function.__code__.replace()
+    return types.FunctionType(
+        code, function.__globals__, None, function.__defaults__, function.__closure__
+    )
 
 
 def compiled_graph(graph: GraphModule, inputs: Sequence[Any], on_cpu: bool) -> Callable[..., Any]:

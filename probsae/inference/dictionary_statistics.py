@@ -132,8 +132,9 @@ class DictionaryStatistics:
 def split_blocks(rows: Tensor, block_size: int, padding: float = 0.0) -> Tensor:
     """Split the leading axis into blocks of `block_size`, the last one filled with `padding`."""
     missing = -len(rows) % block_size
-    filled = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), padding)])
-    return filled.unflatten(0, (-1, block_size))
+    if missing:
+        rows = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), padding)])
+    return rows.unflatten(0, (-1, block_size))
 
 
 class Rows(NamedTuple):

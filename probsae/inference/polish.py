@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, batches, check_activations, size_of
+from probsae.inference.compiling import has_compiler
 from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.variational_em import Expectation, HeldOutGuard, Probe, Sums, maximize
 from probsae.models.base import SparseDictionary
@@ -20,6 +21,8 @@ _N_TOKENS = 200_000
 # Least share of a pass that is taken: where its halves show less error of the fit than this,
 # they could not have shown more.
 _LEAST_SHARE = 0.02
+# Codes from which compiling, some 15 s of a CPU core, is repaid: it saves 130 ns of one a code.
+_COMPILE_FROM = 1.5e8
 # Above this many features a block of S is no wider: it would take 2 GiB.
 _MAX_BLOCK = 16_384
 
@@ -38,6 +41,7 @@ def polish(
     n_sweeps: int = 2,
     n_candidates: int = 16,
     seed: int = 0,
+    compile: bool | None = None,
     progress: bool | None = None,
 ) -> DictionaryPosterior:
     r"""Give a fitted dictionary its optimum in closed form, and say how certain that is.
@@ -78,6 +82,9 @@ def polish(
         Of `refine`, for spike-and-slab priors.
     seed : int, default 0
         Of the order of the data.
+    compile : bool, optional
+        Whether to take the codes' inference through torch.compile: a spike-and-slab's then takes
+        less than half the time. By default where that repays compiling on a CPU.
     progress : bool, optional
         Show a bar; by default on terminals, for passes longer than two seconds.
 
@@ -139,7 +146,10 @@ def polish(
     if size is not None:  # no more than a tenth is held out, and no token of it used
         batch_size = min(batch_size, max(1, size // 10))
     n_tokens = n_tokens or (size - batch_size if size else _N_TOKENS)
-    expectation = Expectation(model, n_sweeps, n_candidates)
+    if compile is None:
+        n_codes = n_tokens * n_passes * model.d_sae
+        compile = not model.b_dec.is_cuda and n_codes > _COMPILE_FROM and has_compiler()
+    expectation = Expectation(model, n_sweeps, n_candidates, compile)
     sums = Sums(model, block_size or min(model.d_sae, _MAX_BLOCK), prior_weight)
     least_share = max(_LEAST_SHARE, n_tokens / size if size else 0.0)
     if forgetting_rate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from probsae.activations.source import check_activations
-from probsae.distributions import SpikeSlab, TiltedSpikeSlab
+from probsae.distributions import KnownSpikeSlab, SpikeSlab, TiltedSpikeSlab
 from probsae.distributions.tilted import tilted_logits
+from probsae.inference.compiling import compiled_function
 from probsae.inference.elbo import require_linear_decoder
-from probsae.models.base import SparseDictionary
+from probsae.models.base import SparseDictionary, in_evaluation
 from probsae.models.code_posterior import CodePosterior
 
 # Numbers that one array of a chunk of tokens may hold: 64 MiB in float32.
@@ -23,7 +25,6 @@ _MAX_NUMBERS = 2**24
 _PIECE, _MIN_PIECE_TOKENS = 2**20, 256
 
 
-@torch.no_grad()
 def refine(
     model: SparseDictionary,
     x: Float[Tensor, "token d_in"] | np.ndarray,
@@ -78,27 +79,64 @@ def refine(
     >>> bool((after >= before - 1e-4).all())
     True
     """
-    for name, value in (("n_sweeps", n_sweeps), ("n_candidates", n_candidates)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    prior = spike_slab_prior(model)
-    require_linear_decoder(model)
-    x = check_activations(x, model.d_in).to(model.b_dec)
-    n_candidates = min(n_candidates, model.d_sae)
-    directions, gram = model.dictionary(), None
-    widest = max(n_candidates * max(model.d_in, n_candidates), model.d_sae)
-    # All pairs of features at once, where that is less than those of each token.
-    if model.d_sae**2 <= min(_MAX_NUMBERS, len(x) * n_candidates**2):
-        gram, widest = directions @ directions.T, max(n_candidates**2, model.d_sae)
-    chunk = max(1, _MAX_NUMBERS // widest)
-    piece = chunk if x.is_cuda else min(chunk, max(_MIN_PIECE_TOKENS, _PIECE // model.d_sae))
-    precision = model.noise_scale.reciprocal().square()
-    parts: list[_Law] = []
-    for part in x.split(chunk):
-        starts = [_start(model, prior, p, directions, n_candidates) for p in part.split(piece)]
-        parts += _improve(starts, prior, precision, n_sweeps, directions, gram)
-    law = _Law(*(torch.cat(values) for values in zip(*parts, strict=True)))
-    return CodePosterior(law.as_distribution(type(prior.slab)))
+    return Refinement(model, n_sweeps, n_candidates)(x)
+
+
+class Refinement:
+    """`refine` for many batches of one model, which may change between them.
+
+    Parameters
+    ----------
+    model, n_sweeps, n_candidates
+        As of `refine`.
+    compile : bool, default False
+        Whether to take what is done for every code through torch.compile; a third of the time.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `refine` does.
+    """
+
+    def __init__(
+        self, model: SparseDictionary, n_sweeps: int, n_candidates: int, compile: bool = False
+    ):
+        for name, value in (("n_sweeps", n_sweeps), ("n_candidates", n_candidates)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        spike_slab_prior(model)
+        require_linear_decoder(model)
+        self.model, self.n_sweeps = model, n_sweeps
+        self.n_candidates = min(n_candidates, model.d_sae)
+        self.look: Callable[..., _Look] = _look
+        if compile:
+            self.look = compiled_function(_look, on_cpu=not model.b_dec.is_cuda)
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "token d_in"] | np.ndarray) -> CodePosterior:
+        """Return the refined posterior of the codes of `x`."""
+        model, n_candidates = self.model, self.n_candidates
+        x = check_activations(x, model.d_in).to(model.b_dec)
+        prior, directions, gram = spike_slab_prior(model), model.dictionary(), None
+        widest = max(n_candidates * max(model.d_in, n_candidates), model.d_sae)
+        # All pairs of features at once, where that is less than those of each token.
+        if model.d_sae**2 <= min(_MAX_NUMBERS, len(x) * n_candidates**2):
+            gram, widest = directions @ directions.T, max(n_candidates**2, model.d_sae)
+        chunk = max(1, _MAX_NUMBERS // widest)
+        piece = chunk if x.is_cuda else min(chunk, max(_MIN_PIECE_TOKENS, _PIECE // model.d_sae))
+        precision = model.noise_scale.reciprocal().square()
+        parts: list[_Law] = []
+        for part in x.split(chunk):
+            with in_evaluation(model):
+                starts = [self._start(p, directions) for p in part.split(piece)]
+            parts += _improve(starts, prior, precision, self.n_sweeps, directions, gram)
+        law = _Law(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        return CodePosterior(law.as_distribution(type(prior.slab)))
+
+    def _start(self, x: Tensor, directions: Tensor) -> _Start:
+        law, correlation, score = self.look(self.model, x, directions)
+        index = score.topk(self.n_candidates, dim=1).indices
+        return _Start(law, index, correlation.gather(1, index))
 
 
 def code_law(model: SparseDictionary) -> Distribution:
@@ -125,16 +163,19 @@ def spike_slab_prior(model: SparseDictionary) -> SpikeSlab:
 
 
 class _Law(NamedTuple):
-    """A spike-and-slab law of each code, as numbers of shape (token, feature)."""
+    """A spike-and-slab law of each code and its moments, as numbers of shape (token, feature)."""
 
     logits: Tensor
     loc: Tensor
     scale: Tensor
+    p_active: Tensor
+    mean: Tensor
+    variance: Tensor
 
     @staticmethod
     def of(law: SpikeSlab, n_tokens: int) -> _Law:
         shape = (n_tokens, law.batch_shape[-1])
-        values = (law.logits, law.slab.loc, law.slab.scale)
+        values = (law.logits, law.slab.loc, law.slab.scale, law.p_active, law.mean, law.variance)
         return _Law(*(value.expand(shape) for value in values))
 
     def gather(self, index: Int[Tensor, "token candidate"]) -> _Law:
@@ -143,9 +184,28 @@ class _Law(NamedTuple):
     def scatter(self, index: Int[Tensor, "token candidate"], part: _Law) -> _Law:
         return _Law(*(a.scatter(1, index, b) for a, b in zip(self, part, strict=True)))
 
-    def as_distribution(self, slab: type) -> SpikeSlab:
-        law = slab(self.loc, self.scale, validate_args=False)
-        return SpikeSlab(self.logits, law, validate_args=False)
+    def as_distribution(self, slab: type) -> KnownSpikeSlab:
+        return KnownSpikeSlab(slab, *self)
+
+
+class _Look(NamedTuple):
+    """What the encoder says of every code, and what its reconstruction leaves for it."""
+
+    law: _Law
+    correlation: Float[Tensor, "token feature"]
+    """Of the directions with what the means of all features leave."""
+    score: Float[Tensor, "token feature"]
+    """Log-odds of being active, by the encoder or, given the others, at the optimum."""
+
+
+def _look(model: SparseDictionary, x: Tensor, directions: Tensor) -> _Look:
+    q = model.posterior(x).distribution
+    assert isinstance(q, SpikeSlab)
+    law = _Law.of(q, len(x))
+    correlation = (x - model.decode(law.mean)) @ directions.T
+    precision = model.noise_scale.reciprocal().square()
+    optimal_logits = tilted_logits(spike_slab_prior(model), correlation + law.mean, precision)
+    return _Look(law, correlation, torch.maximum(law.logits, optimal_logits))
 
 
 class _Start(NamedTuple):
@@ -153,21 +213,8 @@ class _Start(NamedTuple):
 
     law: _Law
     index: Int[Tensor, "token candidate"]
-    mean: Float[Tensor, "token candidate"]
     correlation: Float[Tensor, "token candidate"]
     """Of the candidates' directions with what the means of all features leave."""
-
-
-def _start(
-    model: SparseDictionary, prior: SpikeSlab, x: Tensor, directions: Tensor, n_candidates: int
-) -> _Start:
-    q = model.encode(x).distribution
-    assert isinstance(q, SpikeSlab)
-    correlation = (x - model.decode(q.mean)) @ directions.T
-    precision = model.noise_scale.reciprocal().square()
-    optimal_logits = tilted_logits(prior, correlation + q.mean, precision)
-    index = torch.maximum(q.logits, optimal_logits).topk(n_candidates, dim=1).indices
-    return _Start(_Law.of(q, len(x)), index, q.mean.gather(1, index), correlation.gather(1, index))
 
 
 def _improve(
@@ -179,10 +226,8 @@ def _improve(
     gram: Tensor | None,
 ) -> list[_Law]:
     """Refine the candidates of some tokens, all of them in step."""
-    index, mean, correlation = (
-        torch.cat([getattr(start, name) for start in starts])
-        for name in ("index", "mean", "correlation")
-    )
+    index = torch.cat([start.index for start in starts])
+    correlation = torch.cat([start.correlation for start in starts])
     if gram is None:
         candidates = directions[index]
         gram_of_token = candidates @ candidates.mT
@@ -190,9 +235,9 @@ def _improve(
         gram_of_token = gram[index[:, :, None], index[:, None, :]]
     slab = type(prior.slab)
     prior = _Law.of(prior, len(index)).gather(index).as_distribution(slab)
-    ascent = _Ascent(prior, precision, gram_of_token, correlation, mean)
     laws = [start.law.gather(start.index) for start in starts]
     before = _Law(*(torch.cat(values) for values in zip(*laws, strict=True)))
+    ascent = _Ascent(prior, precision, gram_of_token, correlation, before.mean)
     after = ascent.run(before.as_distribution(slab), n_sweeps)
     sizes = [len(start.index) for start in starts]
     parts = zip(*(value.split(sizes) for value in after), strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -11,7 +10,7 @@ import torch
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
-from probsae.inference.compiling import compiled_objective
+from probsae.inference.compiling import compiled_objective, has_compiler
 from probsae.inference.elbo import Objective, objective
 from probsae.inference.kept_objective import keeps_few, kept_objective
 from probsae.inference.pyro_objective import pyro_objective
@@ -89,8 +88,7 @@ def pays_to_compile(models: Sequence[SparseDictionary], batch_size: int, n_steps
         for model in models
     )
     products = n_steps * batch_size * per_token
-    has_compiler = bool(shutil.which("g++") or shutil.which("clang++"))
-    return on_gpu or (products > _COMPILE_FROM and has_compiler)
+    return on_gpu or (products > _COMPILE_FROM and has_compiler())
 
 
 def members_at_a_time(model: SparseDictionary, n_tokens: int) -> int:

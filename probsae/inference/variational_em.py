@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from probsae.distributions import SpikeSlab
 from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.dictionary_statistics import DictionaryStatistics, Rows
 from probsae.inference.elbo import elbo_terms, require_linear_decoder
-from probsae.inference.refine import code_law, refine
+from probsae.inference.refine import Refinement, code_law
 from probsae.inference.step_errors import StepErrors, observed_information
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
@@ -25,9 +26,14 @@ _N_HALVINGS = 4
 
 
 class Expectation:
-    """Posterior of the codes: refined where the prior is spike-and-slab, else the encoder's."""
+    """Posterior of the codes: refined where the prior is spike-and-slab, else the encoder's.
 
-    def __init__(self, model: SparseDictionary, n_sweeps: int, n_candidates: int):
+    With `compile` the first is compiled, see `Refinement`.
+    """
+
+    def __init__(
+        self, model: SparseDictionary, n_sweeps: int, n_candidates: int, compile: bool = False
+    ):
         if model.is_deterministic:
             raise TypeError(f"{type(model).__name__} has no posterior to polish with")
         require_linear_decoder(model)
@@ -37,13 +43,13 @@ class Expectation:
                 f"{type(model).__name__} is an MLP; use SpikeSlabDictionary, "
                 "RectifiedGaussianDictionary or LaplaceDictionary"
             )
-        self.model, self.n_sweeps, self.n_candidates = model, n_sweeps, n_candidates
-        self.is_spike_slab = isinstance(code_law(model), SpikeSlab)
+        self.model = model
+        self.infer: Callable[[Tensor], CodePosterior] = model.encode
+        if isinstance(code_law(model), SpikeSlab):
+            self.infer = Refinement(model, n_sweeps, n_candidates, compile)
 
     def __call__(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
-        if self.is_spike_slab:
-            return refine(self.model, x, self.n_sweeps, self.n_candidates)
-        return self.model.encode(x)
+        return self.infer(x)
 
 
 class Sums:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, final
 
@@ -234,13 +235,8 @@ class SparseDictionary(nn.Module, ABC):
         if not x.is_cuda:  # mean and p_active, at least; a GPU says it itself
             n_bytes = 2 * len(x) * self.d_sae * x.element_size()
             check_memory(n_bytes, f"the codes of {len(x)} tokens, {self.d_sae} features")
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                return self.posterior(x)
-        finally:
-            self.train(was_training)
+        with torch.no_grad(), in_evaluation(self):
+            return self.posterior(x)
 
     def decode(self, z: Float[Tensor, "*batch d_sae"] | np.ndarray) -> Float[Tensor, "*batch d_in"]:
         """Return the activations that the codes `z`, a tensor or an array, stand for."""
@@ -362,3 +358,14 @@ class SparseDictionary(nn.Module, ABC):
     ) -> Tensor:
         """Pyro program of the posterior: the encoder."""
         return infer(self, x, kl_weight)
+
+
+@contextmanager
+def in_evaluation(model: SparseDictionary) -> Iterator[None]:
+    """Hold `model` in evaluation mode inside a with-block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

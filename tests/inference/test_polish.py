@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -42,6 +44,25 @@ def test_it_climbs_on_tokens_it_has_not_seen(problem):
     for old, new in zip(posterior.held_out_elbo, posterior.held_out_elbo[1:], strict=False):
         assert new[0] >= old[0]
         assert new[1] >= old[1]
+
+
+@pytest.mark.slow
+def test_compiled_it_comes_to_the_same():
+    # A process of its own: the shape checks of this one are no part of what is compiled.
+    script = """
+import copy, torch, probsae as ps
+torch.manual_seed(0)
+data = ps.SyntheticActivations(32, 48, 2, decay=0.97, noise_scale=0.05, seed=0)
+model = ps.SpikeSlabDictionary(32, 64)
+ps.fit(model, data, n_steps=300, batch_size=256, compile=False)
+other, (x, _) = copy.deepcopy(model), data.sample(4_300)
+posterior = ps.polish(model, x, batch_size=400, n_passes=2)
+again = ps.polish(other, x, batch_size=400, n_passes=2, compile=True)
+torch.testing.assert_close(other.dictionary(), model.dictionary(), atol=1e-4, rtol=0)
+torch.testing.assert_close(again.held_out_elbo, posterior.held_out_elbo, atol=1e-3, rtol=0)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_what_would_lower_the_held_out_elbo_is_not_done(problem):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 import probsae as ps
 from probsae.distributions import SpikeSlab, TiltedSpikeSlab
 from probsae.inference import elbo_terms
-from probsae.inference.refine import _Ascent, _Law, spike_slab_prior
+from probsae.inference.refine import Refinement, _Ascent, _Law, spike_slab_prior
 from probsae.models import CodePosterior
 
 MODELS = {
@@ -175,6 +177,43 @@ def test_pieces_and_pairs_do_not_matter(monkeypatch):
     torch.testing.assert_close(ps.refine(model, x, n_candidates=5).mean, whole.mean)
     one_by_one = torch.cat([ps.refine(model, row, n_candidates=5).mean for row in x.split(1)])
     torch.testing.assert_close(one_by_one, whole.mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["truncated", "normal", "rectified"])
+def test_compiled_it_says_the_same_of_batches_of_any_size(name):
+    # A process of its own: the shape checks of this one are no part of what is compiled.
+    script = f"from {__name__} import compare_compiled; compare_compiled({name!r})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def compare_compiled(name: str) -> None:
+    """Compare the codes that a compiled `Refinement` finds with those of `refine`."""
+    model, x = problem(name)
+    compiled = Refinement(model, 3, 12, compile=True)
+
+    def check(tokens: torch.Tensor) -> None:
+        whole, again = ps.refine(model, tokens, 3, 12), compiled(tokens)
+        for what in ("mean", "variance", "p_active"):
+            pair = getattr(again, what), getattr(whole, what)
+            torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-3)
+
+    check(x)
+    check(x[:17])
+    with torch.no_grad():  # polishing changes the model between batches
+        model.log_noise_scale.add_(0.5)
+        model.W_dec.copy_(model.W_dec.roll(1, 0))
+    check(x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_moments_it_keeps_are_those_of_its_law(name):
+    model, x = problem(name)
+    q = ps.refine(model, x).distribution
+    law = SpikeSlab(q.logits, q.slab, validate_args=False)
+    for what in ("mean", "variance", "p_active"):
+        torch.testing.assert_close(getattr(q, what), getattr(law, what), rtol=1e-4, atol=1e-6)
 
 
 def test_other_features_keep_the_encoders_posterior():
