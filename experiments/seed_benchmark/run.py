@@ -102,7 +102,7 @@ WITH_NOISE: Grid = [
     ("BatchTopKSAE", (5e-3, 2e-2), [{"k": 10}]),
     ("GatedSAE", (1e-2,), [{"l1_coefficient": c} for c in (0.2, 0.4, 0.6)]),
     ("GatedSAE", (3e-3, 3e-2), [{"l1_coefficient": 0.4}]),
-    ("JumpReLUSAE", (3e-3,), [{"l0_coefficient": c} for c in (0.025, 0.05, 0.1, 0.2, 0.4)]),
+    ("JumpReLUSAE", (3e-3,), [{"l0_coefficient": c} for c in (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)]),
     ("JumpReLUSAE", (1e-3, 1e-2), [{"l0_coefficient": 0.2}]),
     ("MatryoshkaSAE", (1e-2,), [{"k": k} for k in (4, 5, 6, 8, 10)]),
     ("MatryoshkaSAE", (5e-3, 2e-2), [{"k": 6}]),
