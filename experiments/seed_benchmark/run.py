@@ -95,8 +95,8 @@ class Job:
 
 
 Grid: TypeAlias = list[tuple[str, tuple[float, ...], list[Options]]]
-# Crosses: sparsity at the best rate, and the rate at the best sparsity. The best of JumpReLU (.1)
-# and Matryoshka (k 6) lie at an end of theirs (README). k may know the truth, which is 5.
+# Crosses: sparsity at the best rate, and the rate at a sparsity near the best. The best lie inside
+# theirs. k may know the truth, which is 5.
 WITH_NOISE: Grid = [
     ("BatchTopKSAE", (1e-2,), [{"k": k} for k in (8, 10, 12, 16)]),
     ("BatchTopKSAE", (5e-3, 2e-2), [{"k": 10}]),
