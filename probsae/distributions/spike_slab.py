@@ -103,15 +103,35 @@ class SpikeSlab(TorchDistribution):
             return torch.where(is_active, slab, 0.0)
 
 
-class KnownSpikeSlab(SpikeSlab):
-    """A `SpikeSlab` whose moments are known already; its slab is made when it is first asked for.
+class KeepsMoments(SpikeSlab):
+    """A `SpikeSlab` that keeps the moments found when it was made, and makes its slab when asked.
+
+    Subclasses set `_p_active`, `_mean` and `_variance`, shape (token, d_sae), and have `slab` and
+    `logits`.
+    """
+
+    _mean: Tensor
+    _variance: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self._variance
+
+
+class KnownSpikeSlab(KeepsMoments):
+    """A `SpikeSlab` whose moments were found together with its parameters.
 
     Parameters
     ----------
     slab : type
         `Normal` or `TruncatedNormal`, of parameters `loc` and `scale`.
-    logits, loc, scale, p_active, mean, variance : Tensor
-        Of one shape.
+    logits, loc, scale, p_active, mean, variance : Tensor, shape (token, d_sae)
+        The gate's log-odds, the slab's parameters in units of the codes, and the moments of the
+        whole law.
     """
 
     def __init__(
@@ -135,14 +155,6 @@ class KnownSpikeSlab(SpikeSlab):
         if self._slab is None:
             self._slab = self._slab_type(self._loc, self._scale, validate_args=False)
         return self._slab
-
-    @property
-    def mean(self) -> Tensor:
-        return self._mean
-
-    @property
-    def variance(self) -> Tensor:
-        return self._variance
 
 
 class RectifiedNormal(SpikeSlab):

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import register_kl
 
 from probsae.distributions.rows import sum_over_tokens, weigh
-from probsae.distributions.spike_slab import SpikeSlab, kl_spike_slab
+from probsae.distributions.spike_slab import KeepsMoments, SpikeSlab, kl_spike_slab
 from probsae.distributions.truncated_normal import (
     LOWEST_RATIO,
     TruncatedNormal,
@@ -23,7 +23,7 @@ from probsae.distributions.truncated_normal import (
 _SQRT_2PI = math.sqrt(2 * math.pi)
 
 
-class TiltedSpikeSlab(SpikeSlab):
+class TiltedSpikeSlab(KeepsMoments):
     r"""A spike-and-slab prior times a Gaussian likelihood: q(z) ~ p(z) exp(-(z - r)^2 / (2 e^2)).
 
     What Bayes' rule makes of one code whose evidence r has noise of scale e. With the prior's
@@ -73,18 +73,6 @@ class TiltedSpikeSlab(SpikeSlab):
         self._p_active, self._mean, self._variance, self.divergence = moments
         self._law: tuple[Normal | TruncatedNormal, Tensor] | None = None
         TorchDistribution.__init__(self, evidence.shape, validate_args=False)
-
-    @property
-    def p_active(self) -> Tensor:
-        return self._p_active
-
-    @property
-    def mean(self) -> Tensor:
-        return self._mean
-
-    @property
-    def variance(self) -> Tensor:
-        return self._variance
 
     @property
     def slab(self) -> Normal | TruncatedNormal:  # pyright: ignore[reportIncompatibleVariableOverride]
