@@ -95,9 +95,8 @@ class Job:
 
 
 Grid: TypeAlias = list[tuple[str, tuple[float, ...], list[Options]]]
-# Crosses: sparsity at the best rate, and the rate at one sparsity (JumpReLU: .2, of which only .003
-# is any good). The best sparsities lie inside
-# theirs. k may know the truth, which is 5.
+# Crosses: sparsity at the best rate, and the rate at one sparsity (JumpReLU: .2, where only .003 is
+# any good). The best sparsities lie inside theirs. k may know the truth, which is 5.
 WITH_NOISE: Grid = [
     ("BatchTopKSAE", (1e-2,), [{"k": k} for k in (8, 10, 12, 16)]),
     ("BatchTopKSAE", (5e-3, 2e-2), [{"k": 10}]),
