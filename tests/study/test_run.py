@@ -140,6 +140,8 @@ def test_ray_loses_nothing_and_runs_nothing_twice_when_a_worker_is_killed(folder
 
     # Without it ray warns of what it will do to a GPU's variables one day.
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's workers are nice (15): beside another test on every processor they would hardly start.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         killer = threading.Thread(
