@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 # Tokens that a compiled loop adds up before the product takes over (docs/decisions/cpu_steps.md).
 _TOGETHER = 16
@@ -28,9 +29,14 @@ def mean_over_tokens(values: Tensor) -> Tensor:
     """
     flat = values.reshape(-1, values.shape[-1])
     summed = flat
-    if torch.compiler.is_compiling() and len(flat) % _TOGETHER == 0:
+    if _is_traced() and len(flat) % _TOGETHER == 0:
         summed = flat.unflatten(0, (-1, _TOGETHER)).sum(1)
     return sum_over_tokens(summed) / len(flat)
+
+
+def _is_traced() -> bool:
+    """Whether what is done now goes into a graph: torch.compile's, or an ensemble's."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 class _ExpandRow(torch.autograd.Function):

@@ -11,24 +11,25 @@ from probsae.models.base import SparseDictionary
 from probsae.models.sae.base import KeepingSAE
 from probsae.models.sae.kept import decode_kept
 
-# Dense products take as long as sparse ones of one code in eight (docs/decisions/kept_codes.md).
-_MAX_SHARE = 1 / 8
-
 
 def keeps_few(
-    model: SparseDictionary, x: Float[Tensor, "token d_in"], before: Objective | None = None
+    model: SparseDictionary,
+    x: Float[Tensor, "token d_in"],
+    before: Objective | None = None,
+    is_compiled: bool = False,
 ) -> bool:
     """Whether a step on `x` is better taken through the kept codes.
 
     What the step before showed, where there was one, tells how many they are; `x` is then not
-    looked at.
+    looked at. The other way to take the step is dense, and perhaps compiled.
     """
     if not isinstance(model, KeepingSAE) or model.product_dtype is not None:
         return False
     if x.device.type != "cpu" or not torch.backends.mkl.is_available():
         return False
     l0 = model.expected_l0(x) if before is None else float(before.l0)
-    return l0 <= _MAX_SHARE * model.d_sae
+    share = model.kept_share_compiled if is_compiled else model.kept_share
+    return l0 <= share * model.d_sae
 
 
 def kept_objective(

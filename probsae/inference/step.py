@@ -66,7 +66,7 @@ def training_step(
 
     def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
         nonlocal before
-        if keeps_few(model, x, before):
+        if keeps_few(model, x, before, compile):
             before = kept_step(model, x, kl_weight, n_tokens)
         else:
             before = _differentiate(function, model, x, kl_weight, n_tokens)

@@ -242,7 +242,7 @@ class SparseDictionary(nn.Module, ABC):
         """Return the activations that the codes `z`, a tensor or an array, stand for."""
         z = check_codes(z, self.d_sae).to(self.b_dec)
         product = self.product(z, self.directions)
-        x_hat = product + expand_row(self.b_dec, product)
+        x_hat = product.add_(expand_row(self.b_dec, product))
         correction = self.correction(z)
         return x_hat if correction is None else x_hat + correction
 

@@ -97,7 +97,9 @@ def test_a_fit_takes_the_kept_codes_where_they_are_few(monkeypatch):
     assert not keeps_few(relu, X)  # half of the pre-activations are positive at first
     shown = kept_objective(relu, X)
     assert not keeps_few(relu, X, shown)
-    assert keeps_few(relu, X, shown._replace(firing_rate=shown.firing_rate / 100))
+    fewer = shown._replace(firing_rate=1.5 / 32 * shown.firing_rate / shown.firing_rate.mean())
+    assert keeps_few(relu, X, fewer)
+    assert not keeps_few(relu, X, fewer, is_compiled=True)  # a compiled dense step is faster
     with torch.no_grad():
         relu.b_enc.fill_(-10.0)
     assert keeps_few(relu, X)
@@ -165,8 +167,8 @@ def test_both_paths_learn_the_same(monkeypatch):
         ps.fit(model, x, n_steps=120, batch_size=200, learning_rate=1e-2, schedule=None)
         return model.dictionary()
 
-    def noted(model, x, before):
-        paths.append(keeps_few(model, x, before))
+    def noted(*inputs):
+        paths.append(keeps_few(*inputs))
         return paths[-1]
 
     sparse, dense = fitted(False), fitted(True)

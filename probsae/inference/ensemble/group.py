@@ -71,12 +71,17 @@ class Group:
         self._gradient = Gradient(self.stack.template, self.stack.trained)
         self._update = Update(self.stack.template, self.stack.trained, self.stack.normalized)
         self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._adam = Adam(
+            self.stack.first,
+            self.stack.second,
+            self.stack.n_updates,
+            *self._factors(),
+            *(like.new_zeros(n) for _ in range(2)),
+        )
         self._chunks = [self._chunk(part) for part in split(n, n_members)]
 
     def _chunk(self, part: slice) -> _Chunk:
         stack = self.stack
-        factors, waits = self._factors()
-        adam = Adam(stack.first, stack.second, stack.n_updates, factors, waits)
 
         def views(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -89,7 +94,7 @@ class Group:
         return _Chunk(
             part.start,
             models[0] if len(models) == 1 else None,
-            *map(views, (stack.values, stack.hyper, adam, self.guard, self.rates)),
+            *map(views, (stack.values, stack.hyper, self._adam, self.guard, self.rates)),
         )
 
     def _factors(self) -> tuple[Tensors, Tensors]:
@@ -115,17 +120,25 @@ class Group:
 
     def advance(self, x: Tensor, x_is_finite: Tensor) -> None:
         """Take a step: gradient, guard, update; nothing in it waits for the device."""
+        self._adam.count(self.rates.learning_rate, self.stack.template.adam_betas)
         shown = [self._advance(chunk, x, x_is_finite) for chunk in self._chunks]
         self.shown = Objective(*map(_join, zip(*shown, strict=True)))
 
     def _advance(self, chunk: _Chunk, x: Tensor, x_is_finite: Tensor) -> list[Tensor]:
-        if chunk.single is not None and keeps_few(chunk.single, x, self._before(chunk.first)):
+        if self._keeps_few(chunk, x):
+            assert chunk.single is not None
             gradient = self._kept_gradient(chunk.single, chunk.rates.kl_weight, x)
         else:
             gradient = self._dense_gradient(chunk, x)
         values = (chunk.values, chunk.adam, chunk.guard, chunk.rates)
         self._run(self._update, *values, x_is_finite, *gradient)
         return gradient[0]
+
+    def _keeps_few(self, chunk: _Chunk, x: Tensor) -> bool:
+        """Whether a chunk's members take their gradient through the codes they keep."""
+        if chunk.single is None:
+            return False
+        return keeps_few(chunk.single, x, self._before(chunk.first), self.is_compiled)
 
     def _before(self, index: int) -> Objective | None:
         """Return what member `index` showed in the step before, if there was one."""

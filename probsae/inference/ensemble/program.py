@@ -52,6 +52,20 @@ class Adam(NamedTuple):
     """Learning rate as a multiple of the member's, shape (member,)."""
     waits: Tensors
     """1 for parameters that wait for the warm-up, else 0; shape (member,)."""
+    size: Tensor
+    """Learning rate over the first moment's bias, shape (member,)."""
+    spread: Tensor
+    """The second moment's bias to the power -1/2, shape (member,)."""
+
+    def count(self, learning_rate: Tensor, betas: tuple[float, float]) -> None:
+        """Count a step of all members.
+
+        Not part of the graph: compiled loops over parameters would take these exponentials anew
+        for every few entries.
+        """
+        self.n_updates.add_(1)
+        self.size.copy_(learning_rate / _bias(betas[0], self.n_updates))
+        self.spread.copy_(_bias(betas[1], self.n_updates).rsqrt())
 
 
 class _Call(nn.Module):
@@ -147,7 +161,6 @@ class Update:
     ) -> None:
         """Change values, moments and guard in place."""
         with torch.no_grad():
-            adam.n_updates.add_(1)
             _watch(guard, adam.n_updates, x_is_finite, Objective(*shown), gradients)
             for name, gradient in zip(self.trained, gradients, strict=True):
                 self._step(name, values[name], adam, guard, rates, gradient)
@@ -161,11 +174,9 @@ class Update:
         gradient = torch.where(_like(guard.is_alive, gradient), gradient, 0)
         first.lerp_(gradient, 1 - self.betas[0])
         second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        n_updates = adam.n_updates.to(value.dtype)
-        correction_1, correction_2 = (_bias_correction(beta, n_updates) for beta in self.betas)
         is_on = guard.is_alive * (1 - adam.waits[name] * (1 - rates.is_warm))
-        size = is_on * rates.learning_rate * adam.factors[name] / correction_1
-        scale = second.sqrt() * _like(correction_2.rsqrt(), value) + 1e-8
+        size = is_on * adam.size * adam.factors[name]
+        scale = second.sqrt() * _like(adam.spread, value) + 1e-8
         value.sub_(_like(size, value) * first / scale)
 
     def _normalized(self, values: Tensors) -> Tensors:
@@ -179,7 +190,7 @@ class Update:
         return vmap(member)(values)
 
 
-def _bias_correction(beta: float, n_updates: Tensor) -> Tensor:
+def _bias(beta: float, n_updates: Tensor) -> Tensor:
     """1 - beta^n, which float32 would lose as a difference."""
     return -torch.expm1(n_updates * math.log(beta))
 

@@ -45,6 +45,9 @@ class ReLUSAE(KeepingSAE):
     """
 
     shortened_at_start = ("W_enc",)
+    # The other SAEs' dense steps choose among all codes, and choosing does not compile.
+    kept_share = 1 / 16
+    kept_share_compiled = 1 / 32
     varying: ClassVar[tuple[str, ...]] = (*KeepingSAE.varying, "l1_coefficient")
 
     def __init__(self, d_in: int, d_sae: int, *, l1_coefficient: float = 0.1):

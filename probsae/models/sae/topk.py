@@ -97,7 +97,8 @@ class TopKSAE(KeepingSAE):
         return _keep_largest(torch.relu(pre_activation), self.k, self.k_max)
 
     def support(self, pre_activation: Float[Tensor, "token d_sae"]) -> Support:
-        index = torch.relu(pre_activation).topk(self.k, dim=-1, sorted=False).indices
+        # Of what is below 0 it does not matter which are kept: their codes are 0.
+        index = pre_activation.topk(self.k, dim=-1, sorted=False).indices
         return Support.of_index(index, self.d_sae)
 
     def expected_l0(self, x: Float[Tensor, "token d_in"]) -> float:
