@@ -43,10 +43,10 @@ TINY = Scale(
 DATA = DataSet(TINY, 0.99, False)
 
 
-def write_results(path: Path, spoil: Callable[[dict[str, Any]], None]) -> None:
+def write_results(path: Path, spoil: Callable[[dict[str, Any]], None], seed: int = 0) -> None:
     """Write a study of made-up figures; `spoil` changes the row of each fit."""
-    folder = StudyFolder(path, TINY, 0)
-    for group in [*plan(TINY, 0), *summaries(TINY, 0, folder.groups)]:
+    folder = StudyFolder(path, TINY, seed)
+    for group in [*plan(TINY, seed), *summaries(TINY, seed, folder.groups)]:
         result = {**group.data.facts(), **_made_up(group)}
         for row in result.get("rows", []):
             if "failure" in row:
