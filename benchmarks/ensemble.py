@@ -3,11 +3,12 @@
     python -m benchmarks.ensemble            # prints, and writes results/ensemble-<device>.json
 
 The bar: over a fit, an ensemble of 8 SAEs, ReLU or TopK, takes 1.5 times as many member steps a
-second as 8 bare eager loops of the same architecture run one after the other. All methods run in
-turns in one process with the same threads; a figure is the median over rounds. The ceiling is the
-five matrix products that a member's dense step cannot do without, measured on the spot in the same
-turns; a member that knows which codes it keeps can do without four of them. A bare loop does a
-sixth, for the decoder bias.
+second as 8 bare eager loops of the same architecture run one after the other, both with products of
+the same precision (a bare loop's bfloat16 is torch's autocast). All methods run in turns in one
+process with the same threads; a figure is the median over rounds. The ceiling is the five matrix
+products that a member's dense step cannot do without, measured on the spot in the same turns and
+precision; a float32 member that knows which codes it keeps can do without four of them. A bare loop
+does a sixth, for the decoder bias.
 
 Steps are measured twice: the first ones, whose codes are dense, and the mean over a fit of
 `n_fit_steps`, in which codes become sparse and a member's step goes through those that are left. A
@@ -22,7 +23,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ from benchmarks.fit_overhead import (
 BAR = 1.5
 Run = Callable[[], float]
 """Takes some steps; returns the seconds of one."""
+Precision = Literal["float32", "bfloat16"]
+"""Of the products, in every method."""
 
 
 def members(d_in: int, d_sae: int, n_members: int, k: int | None) -> list[ps.SparseDictionary]:
@@ -61,6 +64,7 @@ def ensemble(
     compile: bool,
     whole_fit: bool = False,
     k: int | None = None,
+    precision: Precision = "float32",
 ) -> Run:
     """Return a run of an ensemble of `members`.
 
@@ -73,7 +77,7 @@ def ensemble(
         callbacks = [[stopwatch]] + [[] for _ in models[1:]]
         ps.fit_ensemble(
             models, x, n_steps=n_steps, batch_size=batch_size, compile=compile,
-            callbacks=callbacks, progress=False, device=x.device,
+            callbacks=callbacks, progress=False, device=x.device, precision=precision,
         )  # fmt: skip
         return stopwatch.mean(n_warm=3) if whole_fit else stopwatch.median(n_warm=3)
 
@@ -81,7 +85,13 @@ def ensemble(
 
 
 def bare(
-    x: Tensor, d_sae: int, batch_size: int, n_members: int, n_steps: int, k: int | None = None
+    x: Tensor,
+    d_sae: int,
+    batch_size: int,
+    n_members: int,
+    n_steps: int,
+    k: int | None = None,
+    precision: Precision = "float32",
 ) -> Run:
     """Return a run of as many bare eager loops, one after the other."""
 
@@ -90,7 +100,8 @@ def bare(
         for _ in range(n_members):
             stopwatch = Stopwatch()
             loop = BareLoop(x.shape[1], d_sae, k).to(x.device)
-            loop.run(x, batch_size, n_steps, stopwatch)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                loop.run(x, batch_size, n_steps, stopwatch)
             total += stopwatch.median(n_warm=3)
         return total
 
@@ -115,25 +126,28 @@ def throughput(
     n_steps: int,
     n_fit_steps: int,
     k: int | None,
+    precision: Precision,
 ) -> dict[str, Any]:
     """Compare an ensemble with bare loops and with the ceiling."""
     shape = (x, d_sae, batch_size, n_members)
+    kind: dict[str, Any] = {"k": k, "precision": precision}
 
     def ceiling() -> float:
-        return 5 * n_members * product_seconds(batch_size, x.shape[1], d_sae, x.device)
+        dtype = getattr(torch, precision)
+        return 5 * n_members * product_seconds(batch_size, x.shape[1], d_sae, x.device, dtype)
 
     runs = {
-        "bare loops": bare(*shape, n_steps, k),
-        "ensemble eager": ensemble(*shape, n_steps, False, k=k),
-        "ensemble compiled": ensemble(*shape, n_steps, True, k=k),
-        "ensemble compiled, whole fit": ensemble(*shape, n_fit_steps, True, whole_fit=True, k=k),
+        "bare loops": bare(*shape, n_steps, **kind),
+        "ensemble eager": ensemble(*shape, n_steps, False, **kind),
+        "ensemble compiled": ensemble(*shape, n_steps, True, **kind),
+        "ensemble compiled, whole fit": ensemble(*shape, n_fit_steps, True, whole_fit=True, **kind),
         "ceiling": ceiling,
     }
     seconds = in_turns(runs, n_rounds)
     gain = {name: seconds["bare loops"] / value for name, value in seconds.items()}
     return {
         "architecture": "relu" if k is None else "topk",
-        "k": k,
+        **kind,
         "batch_size": batch_size,
         "d_sae": d_sae,
         "n_members": n_members,
@@ -181,9 +195,13 @@ def main(
     n_steps: int = 10,
     n_fit_steps: int = 300,
     ks: tuple[int, ...] = (5, 32),
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16"),
     with_growth: bool = True,
 ) -> None:
-    """Measure, print and write: ReLU SAEs, and TopK ones around each of `ks`."""
+    """Measure, print and write: ReLU SAEs, and TopK ones around each of `ks`.
+
+    bfloat16 products are fast where the processor has instructions for them (AMX, say).
+    """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, _ = ps.SyntheticActivations(d_in=d_in, device=device).sample(16_384)
@@ -193,12 +211,13 @@ def main(
         "d_in": d_in,
         "throughput": [],
     }
-    for k, batch_size in product((None, *ks), batch_sizes):
-        row = throughput(x, d_sae, batch_size, n_members, n_rounds, n_steps, n_fit_steps, k)
+    for k, batch_size, precision in product((None, *ks), batch_sizes, precisions):
+        sizes = (d_sae, batch_size, n_members, n_rounds, n_steps, n_fit_steps)
+        row = throughput(x, *sizes, k, precision)
         result["throughput"].append(row)
         gains = ", ".join(f"{n} {v:.2f}" for n, v in row["throughput over bare loops"].items())
         name = "ReLU" if k is None else f"TopK around {k}"
-        print(f"{name}, batch {batch_size}: {gains}", flush=True)
+        print(f"{name}, batch {batch_size}, {precision}: {gains}", flush=True)
         write_result("ensemble", result)
     if with_growth:
         result["growth"] = growth(device, n_rounds, n_steps)

@@ -224,10 +224,16 @@ def whole_fits(x: Tensor, d_sae: int, batch_size: int, n_steps: int) -> dict[str
     return {name: watch.mean(n_warm=4) for name, watch in step_by_step(compared).items()}
 
 
-def product_seconds(batch_size: int, d_in: int, d_sae: int, device: torch.device) -> float:
+def product_seconds(
+    batch_size: int,
+    d_in: int,
+    d_sae: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """Seconds of one encoder product."""
-    a = torch.randn(batch_size, d_in, device=device)
-    b = torch.randn(d_in, d_sae, device=device)
+    a = torch.randn(batch_size, d_in, device=device, dtype=dtype)
+    b = torch.randn(d_in, d_sae, device=device, dtype=dtype)
     times = []
     for _ in range(20):
         start = now()

@@ -23,12 +23,17 @@ def keeps_few(
     What the step before showed, where there was one, tells how many they are; `x` is then not
     looked at. The other way to take the step is dense, and perhaps compiled.
     """
-    if not isinstance(model, KeepingSAE) or model.product_dtype is not None:
+    if not isinstance(model, KeepingSAE):
         return False
     if x.device.type != "cpu" or not torch.backends.mkl.is_available():
         return False
+    if model.product_dtype is not None:
+        share = model.kept_share_bfloat16
+    else:
+        share = model.kept_share_compiled if is_compiled else model.kept_share
+    if share == 0:
+        return False
     l0 = model.expected_l0(x) if before is None else float(before.l0)
-    share = model.kept_share_compiled if is_compiled else model.kept_share
     return l0 <= share * model.d_sae
 
 

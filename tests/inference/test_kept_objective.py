@@ -103,13 +103,23 @@ def test_a_fit_takes_the_kept_codes_where_they_are_few(monkeypatch):
     with torch.no_grad():
         relu.b_enc.fill_(-10.0)
     assert keeps_few(relu, X)
-    few.product_dtype = torch.bfloat16
-    assert not keeps_few(few, X)
-    assert not keeps_few(ps.SpikeSlabDictionary(d_in=12, d_sae=32), X)
-    few.product_dtype = None
+    few.product_dtype = relu.product_dtype = torch.bfloat16
     assert keeps_few(few, X)
+    assert not keeps_few(relu, X)  # with nothing to choose, dense products are then faster
+    assert not keeps_few(ps.SpikeSlabDictionary(d_in=12, d_sae=32), X)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert not keeps_few(few, X)  # torch's sparse products on a CPU are MKL's
+
+
+@pytest.mark.parametrize("cls", [ps.TopKSAE, ps.BatchTopKSAE, ps.MatryoshkaSAE])
+def test_the_encoder_product_may_be_in_bfloat16(cls):
+    options = {"prefixes": (16,)} if cls is ps.MatryoshkaSAE else {}
+    model = cls(d_in=12, d_sae=32, k=4, **options)
+    exact = kept_objective(model, X).loss
+    model.product_dtype = torch.bfloat16
+    rounded = kept_objective(model, X).loss
+    assert rounded != exact
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("cls", [ps.ReLUSAE, ps.TopKSAE, ps.BatchTopKSAE])

@@ -129,13 +129,15 @@ class KeepingSAE(DeterministicSAE):
 
     Attributes
     ----------
-    kept_share, kept_share_compiled : float
+    kept_share, kept_share_compiled, kept_share_bfloat16 : float
         Share of the codes up to which a CPU's step through the kept ones is the faster one, beside
-        an eager dense step and a compiled one (docs/decisions/kept_codes.md).
+        an eager dense step, a compiled one, and one whose products are in bfloat16
+        (docs/decisions/kept_codes.md).
     """
 
     kept_share: ClassVar[float] = 1 / 8
     kept_share_compiled: ClassVar[float] = 1 / 8
+    kept_share_bfloat16: ClassVar[float] = 1 / 8
 
     @abstractmethod
     def support(self, pre_activation: Float[Tensor, "token d_sae"]) -> Support:
@@ -149,7 +151,10 @@ class KeepingSAE(DeterministicSAE):
         """Encode `x`, with gradient through the kept codes only."""
         bias, x_centered = self.encoder_bias(), x - self.b_dec.detach()
         with torch.no_grad():
-            pre_activation = torch.addmm(bias, x_centered, self.W_enc)
+            if self.product_dtype is None:
+                pre_activation = torch.addmm(bias, x_centered, self.W_enc)
+            else:
+                pre_activation = self.product(x_centered, self.W_enc).add_(bias)
         support = self.support(pre_activation)
         kept = kept_pre_activations(x_centered, self.W_enc, bias, pre_activation, support)
         return KeptCodes(support, torch.relu(kept))

@@ -48,6 +48,7 @@ class ReLUSAE(KeepingSAE):
     # The other SAEs' dense steps choose among all codes, and choosing does not compile.
     kept_share = 1 / 16
     kept_share_compiled = 1 / 32
+    kept_share_bfloat16 = 0.0
     varying: ClassVar[tuple[str, ...]] = (*KeepingSAE.varying, "l1_coefficient")
 
     def __init__(self, d_in: int, d_sae: int, *, l1_coefficient: float = 0.1):
