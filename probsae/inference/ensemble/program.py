@@ -63,9 +63,9 @@ class Adam(NamedTuple):
         Not part of the graph: compiled loops over parameters would take these exponentials anew
         for every few entries.
         """
-        self.n_updates.add_(1)
-        self.size.copy_(learning_rate / _bias(betas[0], self.n_updates))
-        self.spread.copy_(_bias(betas[1], self.n_updates).rsqrt())
+        n_updates = self.n_updates.add_(1).to(learning_rate.dtype)
+        self.size.copy_(learning_rate / _bias(betas[0], n_updates))
+        self.spread.copy_(_bias(betas[1], n_updates).rsqrt())
 
 
 class _Call(nn.Module):
