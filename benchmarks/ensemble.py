@@ -7,8 +7,8 @@ second as 8 bare eager loops of the same architecture run one after the other, b
 the same precision (a bare loop's bfloat16 is torch's autocast). All methods run in turns in one
 process with the same threads; a figure is the median over rounds. The ceiling is the five matrix
 products that a member's dense step cannot do without, measured on the spot in the same turns and
-precision; a float32 member that knows which codes it keeps can do without four of them. A bare loop
-does a sixth, for the decoder bias.
+precision; a member that knows which codes it keeps can do without four of them. A bare loop does a
+sixth, for the decoder bias.
 
 Steps are measured twice: the first ones, whose codes are dense, and the mean over a fit of
 `n_fit_steps`, in which codes become sparse and a member's step goes through those that are left. A
