@@ -201,14 +201,14 @@ def _activations(
 
 
 def _widths(model: LanguageModel, points: list[HookPoint], contexts: _Contexts) -> list[int]:
-    """Width at each hook, from one context."""
+    """Width at each hook, from one token."""
     first = next(contexts.batches(), None)
     if first is None:
         raise ValueError(
             f"the text has no whole context of {contexts.length} tokens; is it empty, or "
             "context_length too long?"
         )
-    return [x.shape[-1] for x in _activations(model, points, first[0][:1])]
+    return [x.shape[-1] for x in _activations(model, points, first[0][:1, :1])]
 
 
 def _folders(out: Path, hooks: list[str]) -> list[Path]:

@@ -18,6 +18,11 @@ MASSIVE_FACTOR = 10.0
 # Where the norms of a sample are cut, as a multiple of their 90% quantile: sparse synthetic
 # activations and ordinary residual streams stay below it.
 _LIMIT, _LIMIT_QUANTILE = 3.0, 0.9
+# Tokens, at most, of whose values the center's medians are taken. Each median's standard error is
+# 3% of its dimension's spread, which adds .04% to the distances.
+_N_CENTER = 2_048
+# Tokens whose distances are taken at a time, in memory that the cache holds.
+_PIECE = 256
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,9 @@ def combine(
 ) -> Scale:
     """Build a `Scale` from statistics gathered in one pass and a sample of the tokens."""
     median_norm = float(norms.median())
-    sample = sample.double()
-    centered = float((sample - sample.median(dim=0).values).norm(dim=1).median())
+    center = sample[:: -(-len(sample) // _N_CENTER)].float().median(dim=0).values
+    distances = [(piece.float() - center).norm(dim=1) for piece in sample.split(_PIECE)]
+    centered = float(torch.cat(distances).median())
     massive = max_abs > MASSIVE_FACTOR * max_abs.median()
     order = max_abs.argsort(descending=True)
     return Scale(

@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,15 +55,20 @@ class TokenData:
     def __len__(self) -> int:
         return len(self.activations)
 
+    @staticmethod
+    def empty(n: int, d_in: int, dtype: torch.dtype) -> TokenData:
+        """Room for so many tokens, which takes memory only as it is filled."""
+        labels = (torch.empty(n, dtype=torch.int32) for _ in range(3))
+        return TokenData(torch.empty(n, d_in, dtype=dtype), *labels)
+
     def rows(self, start: int, stop: int | None = None) -> TokenData:
-        """Return a range of tokens."""
+        """Return a view of a range of tokens."""
         return TokenData(*(getattr(self, name)[start:stop] for name in self.__annotations__))
 
-    @staticmethod
-    def join(parts: list[TokenData]) -> TokenData:
-        """Put parts behind each other."""
-        names = TokenData.__annotations__
-        return TokenData(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    def copy_(self, other: TokenData) -> None:
+        """Take over the values of as many tokens."""
+        for name in self.__annotations__:
+            getattr(self, name).copy_(getattr(other, name))
 
 
 def write_shard(data: TokenData, path: Path) -> None:
@@ -77,7 +84,8 @@ def write_shard(data: TokenData, path: Path) -> None:
         "positions": data.positions,
         **_statistics(data.activations),
     }
-    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}))
+    with _replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
 
 
 def _statistics(activations: Float[Tensor, "token d_in"]) -> dict[str, Tensor]:
@@ -100,21 +108,31 @@ def _statistics(activations: Float[Tensor, "token d_in"]) -> dict[str, Tensor]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a kill at any point leaves the old one, or the new one, whole."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write instead of `path`, which it replaces once it is on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def checksum(path: Path) -> str:

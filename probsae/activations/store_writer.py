@@ -106,7 +106,7 @@ class StoreWriter:
         self._may_be_finished, self.is_finished = may_be_finished, False
         self._n_shards = self._resume()
         self.n_tokens = self._n_shards * shard_tokens
-        self._buffer: list[TokenData] = []
+        self._buffer: TokenData | None = None
         self._n_buffered = 0
 
     def _resume(self) -> int:
@@ -184,24 +184,33 @@ class StoreWriter:
         labels = (_labels(value, len(x)) for value in (tokens, documents, positions))
         data = TokenData(stored, *labels)
         self.n_tokens += len(data)
-        while self._n_buffered + len(data) >= self.shard_tokens:
-            n_missing = self.shard_tokens - self._n_buffered
-            self._buffer.append(data.rows(0, n_missing))
-            data = data.rows(n_missing)
-            self._flush()
-        if len(data):
-            # A copy: a view would keep the whole batch that it was cut from.
-            self._buffer.append(TokenData.join([data]))
-            self._n_buffered += len(data)
+        while len(data):
+            n_new = min(len(data), self.shard_tokens - self._n_buffered)
+            self._room(n_new).copy_(data.rows(0, n_new))
+            self._n_buffered += n_new
+            data = data.rows(n_new)
+            if self._n_buffered == self.shard_tokens:
+                self._flush()
+
+    def _room(self, n: int) -> TokenData:
+        """Return the next `n` places of the buffer.
+
+        A shard's room is taken at once: pieces kept between a model's forwards would make each
+        forward ask the system for its memory again.
+        """
+        if self._buffer is None:
+            self._buffer = TokenData.empty(self.shard_tokens, self.d_in, DTYPES[self.dtype])
+        return self._buffer.rows(self._n_buffered, self._n_buffered + n)
 
     def _flush(self) -> None:
         """Write the buffer as the next shard."""
+        assert self._buffer is not None
         self.path.mkdir(parents=True, exist_ok=True)
         if self._n_shards == 0:
             write_bytes(self.path / SETTINGS, _json(self._header))
-        write_shard(TokenData.join(self._buffer), self.path / _shard_name(self._n_shards))
+        write_shard(self._buffer.rows(0, self._n_buffered), self.path / _shard_name(self._n_shards))
         self._n_shards += 1
-        self._buffer, self._n_buffered = [], 0
+        self._n_buffered = 0
 
     def finish(self) -> None:
         """Write the last shard, the mean and the index: from here on the store can be read.
@@ -215,6 +224,7 @@ class StoreWriter:
             raise ValueError(f"a store must hold at least one token, got none for {self.path}")
         if self._n_buffered:
             self._flush()
+        self._buffer = None
         sizes = [self.shard_tokens] * self._n_shards
         sizes[-1] = self.n_tokens - self.shard_tokens * (self._n_shards - 1)
         shards = [
