@@ -23,18 +23,29 @@ def keeps_few(
     What the step before showed, where there was one, tells how many they are; `x` is then not
     looked at. The other way to take the step is dense, and perhaps compiled.
     """
+    most = most_kept(model, x, is_compiled)
+    if most == 0:
+        return False
+    assert isinstance(model, KeepingSAE)
+    return (model.expected_l0(x) if before is None else float(before.l0)) <= most
+
+
+def most_kept(
+    model: SparseDictionary, x: Float[Tensor, "token d_in"], is_compiled: bool = False
+) -> float:
+    """Return up to how many codes a token a step on `x` is better taken through those kept.
+
+    0 where the dense step always is; neither looks at a value.
+    """
     if not isinstance(model, KeepingSAE):
-        return False
+        return 0
     if x.device.type != "cpu" or not torch.backends.mkl.is_available():
-        return False
+        return 0
     if model.product_dtype is not None:
         share = model.kept_share_bfloat16
     else:
         share = model.kept_share_compiled if is_compiled else model.kept_share
-    if share == 0:
-        return False
-    l0 = model.expected_l0(x) if before is None else float(before.l0)
-    return l0 <= share * model.d_sae
+    return share * model.d_sae
 
 
 def kept_objective(

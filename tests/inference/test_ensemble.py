@@ -266,7 +266,7 @@ def test_a_step_waits_for_nothing_on_the_device(cls, options, source, monkeypatc
     for name in ("prepare", "advance", "settle", "call_back"):
         under_guard(name)
     # Steps through the kept codes, which look at values, are taken on a CPU only.
-    monkeypatch.setattr("probsae.inference.ensemble.group.keeps_few", lambda *inputs: False)
+    monkeypatch.setattr("probsae.inference.ensemble.group.most_kept", lambda *inputs: 0)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostWaits():
         float(torch.ones(()))
     ps.fit_ensemble(build(cls, options), source, **{**OPTIONS, "n_steps": 3})

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from probsae.inference.compiling import compiled_graph
 from probsae.inference.elbo import Objective
 from probsae.inference.ensemble.member import Member, course
 from probsae.inference.ensemble.memory import split
-from probsae.inference.ensemble.program import Adam, Gradient, Guard, Rates, Update, trace
+from probsae.inference.ensemble.program import Adam, Gradient, Guard, Rates, Traced, Update
 from probsae.inference.ensemble.stack import Stack, Tensors
-from probsae.inference.kept_objective import keeps_few
+from probsae.inference.kept_objective import most_kept
 from probsae.inference.step import kept_step
 from probsae.models.base import SparseDictionary
+from probsae.models.sae.base import KeepingSAE
 
 
 class _Chunk(NamedTuple):
@@ -31,6 +32,12 @@ class _Chunk(NamedTuple):
     adam: Adam
     guard: Guard
     rates: Rates
+
+    def state(self, function: Gradient | Update) -> tuple[Any, ...]:
+        """Return what a graph takes of it."""
+        if isinstance(function, Gradient):
+            return self.values, self.hyper, self.rates.kl_weight
+        return self.values, self.adam, self.guard, self.rates
 
 
 class Group:
@@ -68,9 +75,11 @@ class Group:
         count = torch.zeros(n, dtype=torch.long, device=like.device)
         self.guard = Guard(torch.ones_like(count, dtype=torch.bool), count, count.clone())
         self.shown: Objective | None = None
+        self._l0_shown: list[float] | None = None
         self._gradient = Gradient(self.stack.template, self.stack.trained)
         self._update = Update(self.stack.template, self.stack.trained, self.stack.normalized)
-        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._graphs: dict[Any, Traced] = {}
+        self._leaves: dict[Any, list[Tensor]] = {}
         self._adam = Adam(
             self.stack.first,
             self.stack.second,
@@ -123,6 +132,7 @@ class Group:
         self._adam.count(self.rates.learning_rate, self.stack.template.adam_betas)
         shown = [self._advance(chunk, x, x_is_finite) for chunk in self._chunks]
         self.shown = Objective(*map(_join, zip(*shown, strict=True)))
+        self._l0_shown = None
 
     def _advance(self, chunk: _Chunk, x: Tensor, x_is_finite: Tensor) -> list[Tensor]:
         if self._keeps_few(chunk, x):
@@ -130,32 +140,36 @@ class Group:
             gradient = self._kept_gradient(chunk.single, chunk.rates.kl_weight, x)
         else:
             gradient = self._dense_gradient(chunk, x)
-        values = (chunk.values, chunk.adam, chunk.guard, chunk.rates)
-        self._run(self._update, *values, x_is_finite, *gradient)
+        self._run(self._update, chunk, x_is_finite, *gradient)
         return gradient[0]
 
     def _keeps_few(self, chunk: _Chunk, x: Tensor) -> bool:
         """Whether a chunk's members take their gradient through the codes they keep."""
         if chunk.single is None:
             return False
-        return keeps_few(chunk.single, x, self._before(chunk.first), self.is_compiled)
+        most = most_kept(chunk.single, x, self.is_compiled)
+        return most > 0 and self._l0(chunk, x) <= most
 
-    def _before(self, index: int) -> Objective | None:
-        """Return what member `index` showed in the step before, if there was one."""
-        return None if self.shown is None else self.objective_of(index)
+    def _l0(self, chunk: _Chunk, x: Tensor) -> float:
+        """Return how many codes a chunk's one member keeps, by the step before if there was one."""
+        if self.shown is None:
+            assert isinstance(chunk.single, KeepingSAE)
+            return chunk.single.expected_l0(x)
+        if self._l0_shown is None:
+            self._l0_shown = self.shown.firing_rate.sum(-1).tolist()
+        return self._l0_shown[chunk.first]
 
     def _dense_gradient(
         self, chunk: _Chunk, x: Tensor
     ) -> tuple[list[Tensor], Tensors, list[Tensor]]:
         couples = self.stack.template.couples_tokens
         pieces = (x,) if couples else x.split(self.n_tokens)
-        inputs = (chunk.values, chunk.hyper, chunk.rates.kl_weight)
-        shown, buffers, gradients = self._run(self._gradient, *inputs, pieces[0])
+        shown, buffers, gradients = self._run(self._gradient, chunk, pieces[0])
         if len(pieces) > 1:
             share = len(pieces[0]) / len(x)
             shown, gradients = ([share * t for t in ts] for ts in (shown, gradients))
         for piece in pieces[1:]:
-            more, buffers, added = self._run(self._gradient, *inputs, piece)
+            more, buffers, added = self._run(self._gradient, chunk, piece)
             for total, term in zip([*shown, *gradients], [*more, *added], strict=True):
                 total.add_(term, alpha=len(piece) / len(x))
         return shown, buffers, gradients
@@ -178,17 +192,17 @@ class Group:
             parameter.grad = None
         return [term[None] for term in objective], after, gradients
 
-    def _run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+    def _run(self, function: Gradient | Update, chunk: _Chunk, *inputs: Any) -> Any:
         """Run a function through its graph for these shapes, traced at its first call."""
-        n_members = len(inputs[0]["b_dec"])
+        n_members = len(chunk.values["b_dec"])
         key = (function, n_members, inputs[-1].shape if function is self._gradient else None)
         if key not in self._graphs:
-            graph = trace(function, *inputs)
-            if self.is_compiled:
-                on_cpu = not inputs[0]["b_dec"].is_cuda
-                graph = compiled_graph(graph, inputs, on_cpu)
-            self._graphs[key] = graph
-        return self._graphs[key](*inputs)
+            trees = (*chunk.state(function), *inputs)
+            self._graphs[key] = Traced(function, trees, self.is_compiled)
+        place = (function, chunk.first)
+        if place not in self._leaves:
+            self._leaves[place] = tree_leaves(chunk.state(function))
+        return self._graphs[key]([*self._leaves[place], *tree_leaves(inputs)])
 
     def objective_of(self, index: int) -> Objective:
         """Return what member `index` of the group showed in the last step."""

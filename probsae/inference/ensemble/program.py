@@ -8,7 +8,7 @@ compiled. A traced graph has no branch that looks at a value: nothing in it wait
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from probsae.inference.compiling import compiled_graph
 from probsae.inference.elbo import Objective, objective
 from probsae.inference.ensemble.stack import Tensors
 from probsae.models.base import SparseDictionary
@@ -223,3 +225,37 @@ def _watch(
 def trace(function: Callable[..., Any], *inputs: Any) -> GraphModule:
     """Record what `function` does to tensors of these shapes; changes none of them."""
     return make_fx(function, tracing_mode="fake")(*inputs)
+
+
+class Traced:
+    """A function of trees of tensors as a graph of their leaves.
+
+    Looking for the leaves of the same trees at every step takes as long as a small product, so it
+    is done once, by who calls.
+
+    Parameters
+    ----------
+    function : callable
+        Of trees of tensors; returns one.
+    inputs : sequence of trees
+        Of the shapes that it will be called with; none is changed.
+    is_compiled : bool
+        Whether the graph is compiled.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Any], is_compiled: bool):
+        leaves, taken = tree_flatten(tuple(inputs))
+        self._returned: TreeSpec
+
+        def of_leaves(*leaves: Tensor) -> list[Any]:
+            returned, self._returned = tree_flatten(function(*tree_unflatten(leaves, taken)))
+            return returned
+
+        graph: Callable[..., Any] = trace(of_leaves, *leaves)
+        if is_compiled:
+            graph = compiled_graph(graph, leaves, on_cpu=not leaves[0].is_cuda)
+        self._graph = graph
+
+    def __call__(self, leaves: Sequence[Tensor]) -> Any:
+        """Call it with the leaves of its inputs."""
+        return tree_unflatten(self._graph(*leaves), self._returned)
