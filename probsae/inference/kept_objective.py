@@ -9,7 +9,7 @@ from torch import Tensor
 from probsae.inference.elbo import ElboTerms, Objective, expected_log_likelihood, summarize
 from probsae.models.base import SparseDictionary
 from probsae.models.sae.base import KeepingSAE
-from probsae.models.sae.kept import decode_kept
+from probsae.models.sae.kept import decode_kept, unit_rows
 
 
 def keeps_few(
@@ -53,7 +53,7 @@ def kept_objective(
 ) -> Objective:
     """Compute what `objective` does; a test holds the two together."""
     codes = model.kept_codes(x)
-    x_hat = decode_kept(codes.values, model.directions, codes.support) + model.b_dec
+    x_hat = decode_kept(codes.values, unit_rows(model.W_dec), codes.support) + model.b_dec
     residual = x - x_hat
     squared_error = residual.square().sum(-1)
     log_likelihood = expected_log_likelihood(model, squared_error)

@@ -9,7 +9,7 @@ import probsae as ps
 from probsae.inference import NonFiniteElboError, objective
 from probsae.inference.kept_objective import keeps_few, kept_objective
 from probsae.inference.step import kept_step
-from probsae.models.sae.kept import Support, decode_kept, kept_pre_activations
+from probsae.models.sae.kept import Support, decode_kept, kept_pre_activations, unit_rows
 
 X = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
 FAMILIES = [
@@ -85,6 +85,14 @@ def test_products_have_their_gradients():
         torch.testing.assert_close(support.sum_by_token(values), dense.sum(1))
         torch.testing.assert_close(support.sum_by_feature(values), dense.sum(0))
         torch.testing.assert_close(support.pick(dense), values)
+
+
+def test_unit_rows_are_normalize():
+    W = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(unit_rows(W), torch.nn.functional.normalize(W, dim=1))
+    assert torch.autograd.gradcheck(unit_rows, W)
+    zero = torch.zeros(2, 3, requires_grad=True)
+    assert unit_rows(zero).eq(0).all()
 
 
 def test_a_fit_takes_the_kept_codes_where_they_are_few(monkeypatch):

@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+# As of torch's `normalize`.
+_LEAST_LENGTH = 1e-12
+
+
 class Support:
     """Which codes of a batch are kept.
 
@@ -101,6 +105,27 @@ def decode_kept(
 ) -> Float[Tensor, "token d_in"]:
     """Multiply the codes with `rows`, with gradient by both."""
     return _DecodeKept.apply(values, rows, support)  # pyright: ignore[reportReturnType]
+
+
+def unit_rows(W: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+    """Divide rows by their lengths: `normalize`, in half the time, gradient included."""
+    return _UnitRows.apply(W)  # pyright: ignore[reportReturnType]
+
+
+class _UnitRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, W):
+        length = torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp(min=_LEAST_LENGTH)
+        rows = W / length
+        ctx.save_for_backward(rows, length)
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, length = ctx.saved_tensors
+        along = (grad * rows).sum(1, keepdim=True)
+        return torch.addcmul(grad, rows, along, value=-1).div_(length)
 
 
 class _KeptPreActivations(torch.autograd.Function):
