@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 # As of torch's `normalize`.
 _LEAST_LENGTH = 1e-12
 
