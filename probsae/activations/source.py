@@ -186,9 +186,10 @@ def _shuffled(
 ) -> Iterator[Tensor]:
     """Whole passes in a fresh order each; the rest of a pass is joined to the next one."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
+    order = torch.empty(0, dtype=torch.long, device=x.device)
     while True:
         while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(len(x), generator=generator)])
+            new = torch.randperm(len(x), generator=generator)
+            order = torch.cat([order, new.to(x.device)])  # once a pass: a copy waits for the device
         rows, order = order[:batch_size], order[batch_size:]
-        yield x.index_select(0, rows.to(x.device)).to(device, torch.float32)
+        yield x.index_select(0, rows).to(device, torch.float32)
