@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
@@ -13,13 +15,21 @@ from probsae.models.base import SparseDictionary
 
 
 def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
-    """Turn a Pyro ELBO into a step function with the signature of `objective`."""
+    """Turn a Pyro ELBO into a step function with the signature of `objective`.
+
+    Pyro validates the first call only: a fit looks itself whether all is finite, and each of some
+    twenty looks at values would wait for the device. Its ELBOs' own three remain.
+    """
+    is_first = True
 
     def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
-        loss = elbo.differentiable_loss(  # pyright: ignore[reportAttributeAccessIssue]
-            model.model, model.guide, x, kl_weight
-        ) / len(x)
-        return _describe(model, x, loss, kl_weight)
+        nonlocal is_first
+        with nullcontext() if is_first else pyro.validation_enabled(False):
+            loss = elbo.differentiable_loss(  # pyright: ignore[reportAttributeAccessIssue]
+                model.model, model.guide, x, kl_weight
+            ) / len(x)
+            is_first = False
+            return _describe(model, x, loss, kl_weight)
 
     return step
 

@@ -57,7 +57,8 @@ def training_step(
     if elbo is None and not model.has_linear_decoder:
         elbo = TraceMeanField_ELBO()
     if elbo is not None:
-        return lambda *inputs: _differentiate(pyro_objective(elbo), *inputs)
+        sampled = pyro_objective(elbo)
+        return lambda *inputs: _differentiate(sampled, *inputs)
     if compile is None:
         compile = pays_to_compile([model], batch_size, n_steps)
     function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
