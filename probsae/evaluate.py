@@ -76,10 +76,10 @@ def _held_out(
     n_tokens: int,
     seed: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the tokens and, as far as they are known, true features and codes."""
+    """Return the tokens and, as far as they are known, true features and codes; on the CPU."""
     if isinstance(truth, tuple):
-        features, z = (as_tensor(part) for part in truth)
-        x = check_activations(data)[:n_tokens]
+        features, z = (as_tensor(part).cpu() for part in truth)
+        x = check_activations(data)[:n_tokens].cpu()
         z = z[: len(x)]
         if z.shape != (len(x), len(features)):
             raise ValueError(
@@ -91,7 +91,7 @@ def _held_out(
         source = data if truth is None else truth
         x, z = source.to("cpu").sample(n_tokens, seed=seed)
         return x, source.features.cpu(), z
-    x = take(data, n_tokens, seed=seed)
+    x = take(data, n_tokens, seed=seed, device="cpu")
     return x, None if truth is None else truth.features.cpu(), None
 
 
