@@ -85,6 +85,7 @@ def reliability(
     k, n = n_active.cpu().numpy(), count.cpu().numpy()
     lower = torch.from_numpy(beta.ppf(0.025, k, n - k + 1)).nan_to_num(0.0)
     upper = torch.from_numpy(beta.ppf(0.975, k + 1, n - k)).nan_to_num(1.0)
+    lower, upper = lower.to(p.device), upper.to(p.device)
     return Reliability(sum_p / count, n_active / count, lower, upper, count)
 
 

@@ -66,7 +66,7 @@ def reliability_diagram(predictions: Mapping[str, tuple[Tensor, Tensor]]) -> Fig
     figure, axes = new_figure(5.5, 5)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
     for name, (p_active, is_true) in predictions.items():
-        bins = calibration.reliability(p_active, is_true)
+        bins = calibration.reliability(p_active.cpu(), is_true.cpu())
         error = torch.stack([bins.observed - bins.lower, bins.upper - bins.observed])
         axes.errorbar(
             bins.predicted, bins.observed, error.clamp(min=0), marker="o", capsize=2, label=name
@@ -118,6 +118,7 @@ def tsne(x: Tensor, z: Tensor, seed: int = 0) -> Figure:
     """
     from sklearn.manifold import TSNE
 
+    x, z = x.cpu(), z.cpu()
     points = TSNE(random_state=seed, init="pca", perplexity=30).fit_transform(x.numpy())
     frequency = (z != 0).sum(0).argsort(descending=True).argsort()
     figure, axes = new_figure(6, 5)
