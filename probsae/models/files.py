@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -103,14 +104,14 @@ def save(model: SparseDictionary, path: str | Path) -> None:
         save_dictionary(model, folder)
 
 
-def load(path: str | Path, device: str = "cpu") -> SparseDictionary:
+def load(path: str | Path, device: str | torch.device = "cpu") -> SparseDictionary:
     """Read a dictionary written by `save`, as the class that was saved.
 
     Parameters
     ----------
     path : str or Path
         Folder with model.safetensors and config.json.
-    device : str, default "cpu"
+    device : str or torch.device, default "cpu"
         Where to put its tensors.
 
     Raises
@@ -129,14 +130,14 @@ def load(path: str | Path, device: str = "cpu") -> SparseDictionary:
             )
     try:
         config = json.loads((path / "config.json").read_text())
-        tensors = load_file(path / "model.safetensors", device=device)
+        tensors = load_file(path / "model.safetensors")
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{path} does not hold a readable dictionary: {error!r}") from error
     return rebuild(config, tensors, path, device)
 
 
 def rebuild(
-    config: dict[str, Any], tensors: dict[str, Tensor], origin: Path, device: str
+    config: dict[str, Any], tensors: dict[str, Tensor], origin: Path, device: str | torch.device
 ) -> SparseDictionary:
     """Return the model that `describe` described, with its tensors; `origin` is for errors."""
     import probsae.models as models  # the package imports this module first
