@@ -1,6 +1,7 @@
 """Shared by all tests: shapes are checked at run time, and no test leaks its random state."""
 
 import os
+import sys
 from pathlib import Path
 
 import jaxtyping
@@ -11,7 +12,8 @@ from jaxtyping import install_import_hook
 from tests import typecheck
 
 os.environ.setdefault("WANDB_SILENT", "true")
-install_import_hook("probsae", f"{typecheck.__name__}.check")
+if "--emulated" not in sys.argv:  # of tests/devices: the checks are a fifth of that run's time
+    install_import_hook("probsae", f"{typecheck.__name__}.check")
 
 # Threads beyond the cores slow small products down; xdist's workers share them.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
