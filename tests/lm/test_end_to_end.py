@@ -294,20 +294,6 @@ def test_bad_arguments():
         EndToEnd(contexts)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu():
-    language_model = tiny_llama()
-    language_model.network.cuda()
-    contexts = ContextActivations(language_model, HOOK, IDS)
-    end_to_end = EndToEnd(contexts, later=LATER)
-    for device in ("cuda", "cpu"):  # the dictionary need not be where the model is
-        model = make(ps.SpikeSlabDictionary, 16, 24)
-        result = ps.fit(
-            model, contexts, objective=end_to_end, n_steps=20, batch_size=64, device=device
-        )
-        assert all(map(math.isfinite, result.history["loss"]))
-
-
 @pytest.mark.slow
 def test_smollm2_end_to_end(smollm2, corpus):
     text = corpus[0].read_text(encoding="utf-8")[:8_000]

@@ -390,19 +390,6 @@ def test_bad_arguments():
         splice(model, "layers.0", lambda x: x, IDS[:1]).context_interval()
 
 
-@pytest.mark.gpu
-def test_on_a_gpu():
-    model = tiny_llama()
-    dictionary = ps.SpikeSlabDictionary(d_in=16, d_sae=24)
-    ps.fit(dictionary, read_tokens(model, "model.layers.1", IDS), n_steps=3, device="cpu")
-    on_cpu = splice(model, "model.layers.1", dictionary, IDS)
-    model.network.cuda()
-    for place in ("cpu", "cuda"):  # the dictionary need not be where the model is
-        result = splice(model, "model.layers.1", dictionary.to(place), IDS, n_draws=2)
-        torch.testing.assert_close(result.token_kl, on_cpu.token_kl, rtol=1e-3, atol=1e-5)
-        assert result.draw_kl.shape == (2, 6, 8)
-
-
 @pytest.mark.slow
 def test_dictionary_inside_smollm2(smollm2, corpus):
     text = corpus[0].read_text(encoding="utf-8")[:20_000]

@@ -23,7 +23,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         self.n_calls += 1
-        count = torch.arange(1, x.shape[1] + 1)[:, None]
+        count = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
         return x + self.mlp(x.cumsum(1) / count), None
 
 
