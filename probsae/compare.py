@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from probsae import baselines, models
@@ -15,6 +14,7 @@ from probsae.dictionary import Dictionary
 from probsae.evaluate import evaluate
 from probsae.inference.fit import fit
 from probsae.models.base import SparseDictionary
+from probsae.seeding import seeded
 from probsae.synthetic import SyntheticActivations
 
 # 80,000 active codes: F1 to .002, and half the time of `evaluate`'s own default.
@@ -127,8 +127,7 @@ def compare(
     dictionaries: dict[str, Dictionary] = {}
     histories = {}
     for name, build in (STORY if methods is None else methods).items():
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             dictionary = build(data, d_sae)
         if isinstance(dictionary, Baseline):
             with _spinner(name, progress):

@@ -15,6 +15,7 @@ from probsae.metrics.reconstruction import fvu
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.spike_slab import SpikeSlabDictionary
+from probsae.seeding import seeded
 
 
 class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -82,8 +83,7 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         """
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         x = torch.from_numpy(np.array(X, dtype=np.float32))
-        with torch.random.fork_rng():
-            torch.manual_seed(self.random_state)
+        with seeded(self.random_state):
             model = self.model(
                 d_in=x.shape[1], d_sae=self.n_components, **(self.model_options or {})
             )

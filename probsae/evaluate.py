@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from probsae.activations.source import (
@@ -19,6 +18,7 @@ from probsae.estimator import DictionaryEstimator
 from probsae.metrics.arrays import ArrayLike, as_tensor
 from probsae.models.base import SparseDictionary
 from probsae.scores import Scores
+from probsae.seeding import seeded
 from probsae.synthetic import SyntheticActivations
 
 
@@ -64,10 +64,11 @@ def evaluate(
     named = _named(dictionaries)
     x, features, z = _held_out(data, truth, n_tokens, seed)
     check_tokens_differ(x)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        rows = tuple(_row(name, item, x, features, z) for name, item in named.items())
-    return Report(rows, len(x), {"seed": seed})
+    rows = []
+    for name, item in named.items():
+        with seeded(seed, item.dictionary().device):
+            rows.append(_row(name, item, x, features, z))
+    return Report(tuple(rows), len(x), {"seed": seed})
 
 
 def _held_out(

@@ -14,6 +14,7 @@ from probsae.activations.source import check_activations
 from probsae.arviz_face import import_arviz as _arviz
 from probsae.inference.elbo import elbo_terms
 from probsae.models.base import SparseDictionary
+from probsae.seeding import seeded
 
 # Without chain and draw. `activations` has no dimension axis in `log_likelihood`, where arviz takes
 # the first name only.
@@ -92,8 +93,7 @@ def to_arviz(
             "gigabyte; pass fewer tokens or draws"
         )
     posterior = model.encode(x, refine=refine)
-    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(seed)
+    with torch.no_grad(), seeded(seed, x.device):
         codes = posterior.sample(n_total)
         x_hat = model.decode(codes)
         noise_scale = model.noise_scale

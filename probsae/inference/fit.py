@@ -36,6 +36,7 @@ from probsae.inference.step import (
 )
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import typical_code_size
+from probsae.seeding import seeded
 
 __all__ = ["FitResult", "NoiseFloorWarning", "NonFiniteElboError", "fit"]
 
@@ -175,9 +176,7 @@ def fit(
     state = FitState(model, optimizer, data, n_steps, device, seed)
     state.settings = {"batch_size": batch_size, "learning_rate": learning_rate}
     step = training_step(model, elbo, compile, batch_size, n_steps, objective)
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), products_in(model, precision):
-        torch.manual_seed(seed)
+    with seeded(seed, device), products_in(model, precision):
         model.train()
         single = _SingleFit(state, step, schedule, learning_rate, list(callbacks))
         try:

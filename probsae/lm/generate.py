@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from probsae.activations.language_model import LanguageModel
+from probsae.seeding import seeded
 
 
 @torch.no_grad()
@@ -68,9 +69,7 @@ def generate(
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    cuda = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+    with seeded(seed, model.device):
         both = network.generate(
             start.expand(n_samples, -1),
             attention_mask=torch.ones_like(start).expand(n_samples, -1),

@@ -20,6 +20,7 @@ from probsae.lm.contexts import check_contexts, read_contexts, tokens_of, with_t
 from probsae.lm.kept_batches import KeptBatches, digest
 from probsae.lm.splice_result import SpliceResult
 from probsae.progress import shown
+from probsae.seeding import seeded
 
 Reconstruct: TypeAlias = Callable[[Tensor], Tensor]
 """Activations (token, d_in) to their replacement."""
@@ -295,9 +296,7 @@ def _splice_batch(
     On the CPU, shape (replacement, context, prediction) each.
     """
     cross_entropies, divergences = list(untouched.cross_entropies), []
-    cuda = [text.model.device] if text.model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+    with seeded(seed, text.model.device):
         for replacement in _replacements(untouched.tokens, dictionary, n_draws):
             changed = _predictions_with(text, untouched, replacement)
             cross_entropies.append(_cross_entropy(changed, untouched.ids))

@@ -13,6 +13,7 @@ from torch import Tensor
 from probsae.activations.source import check_activations
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
+from probsae.seeding import seeded
 
 
 def new_generator(name: str, seed: int, device: torch.device) -> torch.Generator:
@@ -27,8 +28,7 @@ def new_generator(name: str, seed: int, device: torch.device) -> torch.Generator
 @contextmanager
 def own_stream(name: str, seed: int, device: torch.device) -> Iterator[None]:
     """Let torch's global generator run in such a stream, and put it back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(_stream_seed(name, seed))
+    with seeded(_stream_seed(name, seed), device):
         yield
 
 

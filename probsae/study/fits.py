@@ -9,14 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from probsae.evaluate import evaluate
 from probsae.inference.ensemble import fit_ensemble
 from probsae.inference.fit import FitResult, NoiseFloorWarning
 from probsae.inference.tracking import FeatureTracker
 from probsae.metrics.recovery import max_cosines
 from probsae.models.base import SparseDictionary
+from probsae.seeding import seeded
 from probsae.study.group import DataSet, Files, child_seed
 
 # What the report draws; the trackers' NetCDF files hold every look at every feature.
@@ -32,8 +31,7 @@ def build_all(builders: Mapping[str, Build], *key: int) -> dict[str, SparseDicti
     """Build each dictionary from a seed of its own."""
     models = {}
     for i, (name, build) in enumerate(builders.items()):
-        with torch.random.fork_rng():
-            torch.manual_seed(child_seed(*key, i))
+        with seeded(child_seed(*key, i)):
             models[name] = build()
     return models
 

@@ -31,6 +31,7 @@ from probsae.inference.step import (
 )
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import typical_code_size
+from probsae.seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,7 @@ def _run_together(
     models = [member.state.model for part in parts for member in part.members]
     room -= sum(part.footprint.resident * len(part.members) for part in parts)
     groups: list[Group] = []
-    cuda = [setup.device] if setup.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), ExitStack() as stack:
-        torch.manual_seed(setup.seed)
+    with seeded(setup.seed, setup.device), ExitStack() as stack:
         for model in models:
             stack.callback(model.eval)
             model.train()

@@ -18,6 +18,7 @@ from probsae.inference.exact.enumeration import FixedDictionary
 from probsae.inference.refine import spike_slab_prior
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import learned_spike_slab
+from probsae.seeding import seeded
 
 QUANTITIES = ("codes", "dictionary", "rates", "noise")
 
@@ -116,8 +117,7 @@ def gibbs(
     prior = spike_slab_prior(model)
     require_linear_decoder(model)
     x = check_activations(x, model.d_in).to(model.b_dec)
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, x.device):
         chains = _GibbsState(model, prior, x, n_chains, row_precision, noise_prior)
         draws: list[tuple[Tensor, ...]] = []
         for step in range(n_warmup + n_draws):

@@ -15,6 +15,7 @@ from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab
 from probsae.inference.refine import code_law
 from probsae.models.base import SparseDictionary
+from probsae.seeding import seeded
 
 
 def nuts(
@@ -77,9 +78,8 @@ def nuts(
     fixed = copy.deepcopy(model).requires_grad_(False)  # the gradient is the codes' alone
     program = poutine.block(fixed.model, hide_types=["param"])
     draws = []
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        for chain in range(n_chains):
-            torch.manual_seed(seed + chain)
+    for chain in range(n_chains):
+        with seeded(seed + chain, x.device):
             sampler = MCMC(
                 NUTS(program),
                 num_samples=n_draws,
@@ -87,5 +87,5 @@ def nuts(
                 disable_progbar=not progress,
             )
             sampler.run(x)
-            draws.append(sampler.get_samples()["codes"])
+        draws.append(sampler.get_samples()["codes"])
     return torch.stack(draws)

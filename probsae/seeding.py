@@ -1,0 +1,25 @@
+"""Random numbers of a block's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Seed torch's generators inside the block: the CPU's and, on a GPU, that of `device`.
+
+    Afterwards both are where they were; other devices' are not touched at all, which
+    `torch.manual_seed` would seed too.
+    """
+    device = torch.device(device)
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
