@@ -6,10 +6,13 @@ import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from probsae.inference.allocator import kept_memory
 
 # Steps between two looks at the device: rarer than this and a failed run wastes minutes.
 CHECK_EVERY = 50
@@ -67,6 +70,11 @@ class Fits(ABC):
 
 def run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
     """Take the steps from `fits.step` to `fits.n_steps`, or as many as there are batches."""
+    with kept_memory() if fits.device.type == "cpu" else nullcontext():
+        _run(fits, stream, bar)
+
+
+def _run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
     log_every = max(1, fits.n_steps // 200)
     fits.start()
     for x in itertools.islice(stream, fits.n_steps - fits.step):
@@ -89,7 +97,7 @@ def run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
         warnings.warn(
             f"the data ended after {fits.step} of {fits.n_steps} steps, and so did the fit; "
             "pass a tensor or a store to have several passes",
-            stacklevel=3,
+            stacklevel=4,
         )
     fits.end()
 

@@ -414,9 +414,19 @@ for compile in (False, True):
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
-        models.append(ps.SpikeSlabDictionary(8, 12).double())
-        models.append(ps.TopKSAE(8, 12, k=seed + 1).double())
-        models.append(ps.ReLUSAE(8, 12, l1_coefficient=0.01 * (seed + 1)).double())  # dense, alone
+        models += [
+            ps.SpikeSlabDictionary(8, 12),
+            ps.RectifiedGaussianDictionary(8, 12),
+            ps.LaplaceDictionary(8, 12),
+            ps.SparseVAE(8, 12),
+            ps.TopKSAE(8, 12, k=seed + 1),
+            ps.BatchTopKSAE(8, 12, k=seed + 1),
+            ps.MatryoshkaSAE(8, 12, k=seed + 1, prefixes=(4,)),
+            ps.JumpReLUSAE(8, 12),
+            ps.GatedSAE(8, 12),
+            ps.ReLUSAE(8, 12, l1_coefficient=0.01 * (seed + 1)),  # dense, alone
+        ]
+    models = [model.double() for model in models]
     ps.fit_ensemble(models, source, n_steps=10, batch_size=32, device="cpu", compile=compile)
     fitted.append(models)
 for a, b in zip(*fitted):
