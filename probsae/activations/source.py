@@ -75,8 +75,13 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite: both reach the extremes, which take a single pass."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+    """Whether no value is NaN or infinite."""
+    return bool(are_finite(x))
+
+
+def are_finite(x: Tensor) -> Tensor:
+    """Return that as a tensor, for which nothing waits: both reach the extremes, a single pass."""
+    return torch.isfinite(torch.stack(torch.aminmax(x))).all()
 
 
 def check_shape(x: object, d_in: int | None = None) -> Float[Tensor, "token d_in"]:

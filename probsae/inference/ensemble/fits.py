@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from probsae.activations.source import are_finite
 from probsae.inference.ensemble.group import Group
 from probsae.inference.ensemble.member import Member
 from probsae.inference.fit import SHOWN
@@ -54,7 +55,7 @@ class EnsembleFits(Fits):
             group.prepare(self.step)
 
     def advance(self, x: Tensor) -> None:
-        x_is_finite = torch.isfinite(x).all()
+        x_is_finite = are_finite(x)
         for group in self.groups:
             group.advance(x, x_is_finite)
         for _, _, member in self._running():
