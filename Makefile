@@ -35,7 +35,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup browser
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
 
 # The libraries that probsae is compared with and whose files it reads, each in an environment of its own.
 PEERS := saelens sparsify dictionary_learning overcomplete

@@ -22,6 +22,14 @@ FALSE_ALARM_RATE = 1e-4
 """Chance that one statistical test fails although the code is right."""
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none: `-m` may ask for it with other tests."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _own_random_state():
     with torch.random.fork_rng():
