@@ -20,6 +20,7 @@ from probsae.inference import (
     fit_ensemble,
 )
 from tests.devices import emulated_device
+from tests.killed import KilledAfter
 from tests.models.test_laws import NON_LINEAR, VARIANTS, name
 
 OWN = [(cls, options) for cls, options in VARIANTS if not options] + NON_LINEAR[:1]
@@ -173,15 +174,6 @@ def test_callbacks_on_a_device(kind, device, near):
         waits.check(read=LINE)
     else:
         torch.testing.assert_close(its.history, mine.history, **near)
-
-
-class KilledAfter(Callback):
-    def __init__(self, n_steps):
-        self.n_steps = n_steps
-
-    def on_step(self, state):
-        if state.step == self.n_steps:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[1], NON_LINEAR[0]], ids=name)

@@ -28,6 +28,7 @@ from probsae.inference import (
     step,
 )
 from probsae.inference.fit import _SingleFit
+from tests.killed import KilledAfter
 
 OPTIONS = {"n_steps": 30, "batch_size": 32, "device": "cpu", "progress": False}
 
@@ -281,20 +282,11 @@ def test_a_loaded_checkpoint_resumes_as_a_fresh_model_does(source, tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 ps.fit(
                     small_model(), source, **OPTIONS,
-                    callbacks=[Checkpoint(tmp_path / "c", every=7), _Interrupt(9)],
+                    callbacks=[Checkpoint(tmp_path / "c", every=7), KilledAfter(9)],
                 )  # fmt: skip
         ps.fit(model, source, **OPTIONS, resume=tmp_path / "c")
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
-
-
-class _Interrupt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, state):
-        if state.step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_any_pyro_elbo_can_be_passed(source):

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 import probsae as ps
 from probsae.activations.language_model import LanguageModel
-from probsae.inference import Callback, Checkpoint, TargetL0, elbo_terms, objective
+from probsae.inference import Checkpoint, TargetL0, elbo_terms, objective
 from probsae.lm import ContextActivations, EndToEnd, downstream_fvu, splice
 from probsae.lm.end_to_end import draw
 from tests.conftest import FALSE_ALARM_RATE
+from tests.killed import KilledAfter
 from tests.lm.tiny import VOCABULARY, signed_identity, tiny_language_model, tiny_llama
 
 IDS = torch.randint(VOCABULARY, (32, 9), generator=torch.Generator().manual_seed(0))
@@ -257,15 +258,6 @@ def test_resuming_does_not_run_the_model_on_batches_that_were_had(tmp_path):
     finished, n_calls = fit(resume=tmp_path / "last")
     assert n_calls == n_first
     assert torch.equal(finished, whole)
-
-
-class KilledAfter(Callback):
-    def __init__(self, n_steps):
-        self.n_steps = n_steps
-
-    def on_step(self, state):
-        if state.step == self.n_steps:
-            raise KeyboardInterrupt
 
 
 def test_fit_takes_any_objective():
