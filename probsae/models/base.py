@@ -23,10 +23,10 @@ from probsae.distributions.rows import expand_row
 from probsae.models.code_posterior import CodePosterior, check_codes
 from probsae.models.programs import as_event, generate, infer
 
-__all__ = ["SparseDictionary", "as_event"]
+__all__ = ["N_FIRST_CODES", "SparseDictionary", "as_event"]
 
-# Tokens that the encoder's first scale is taken from: one number, right to a percent.
-_N_SHORTENING = 1_024
+# Tokens that the encoder's first scale and threshold are taken from: right to a percent.
+N_FIRST_CODES = 1_024
 
 
 class SparseDictionary(nn.Module, ABC):
@@ -327,7 +327,7 @@ class SparseDictionary(nn.Module, ABC):
                 self.noise_floor.copy_(0.2 * deviation)
         self.initialize_codes_(x_centered)
         if self.shortened_at_start:
-            self._shorten_encoder_(x_centered[:_N_SHORTENING])
+            self._shorten_encoder_(x_centered[:N_FIRST_CODES])
         self.is_initialized.fill_(True)
 
     def _shorten_encoder_(self, x_centered: Float[Tensor, "token d_in"]) -> None:

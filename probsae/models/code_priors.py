@@ -17,8 +17,11 @@ from probsae.distributions.truncated_normal import match_moments
 
 Slab = Literal["normal", "half_normal", "truncated_normal"]
 
-# Where gates begin: .04 x 768 is some 30 features a token, enough that each gets a gradient.
+# Where gates begin: .04 x 768 is some 30 features a token, enough that each gets a gradient. Those
+# of wide dictionaries begin at fewer: what L others leave of a direction at random is L / d_in of
+# its token, and a fit that begins at half of it sorts mixtures (docs/decisions/first_rate.md).
 _INITIAL_RATE = 0.04
+_INITIAL_L0_PER_DIMENSION = 0.12
 # Of the norm that 99 tokens in 100 stay below: what is shorter is the location, but for rounding.
 _EMPTY = 1e-3
 TYPICAL_L0 = 30
@@ -36,13 +39,29 @@ def slab_law(slab: Slab, loc: Tensor, scale: Tensor) -> Distribution:
     return TruncatedNormal(loc, scale, validate_args=False)
 
 
+def initial_rate(d_in: int, d_sae: int) -> float:
+    """Return the share of features that a token takes where a fit begins."""
+    return min(_INITIAL_RATE, _INITIAL_L0_PER_DIMENSION * d_in / d_sae)
+
+
+def initial_threshold(evidence: Float[Tensor, "token d_sae"], d_in: int) -> Tensor:
+    """Return what a share `initial_rate` of the entries is above, at least 0.
+
+    For encoders whose gates open where the evidence is above a bias: at a bias of 0 half of them
+    would, and most be shut before their features are found (docs/decisions/first_rate.md).
+    """
+    n_above = max(1, round(initial_rate(d_in, evidence.shape[1]) * evidence.numel()))
+    n_below = max(1, evidence.numel() - n_above)
+    return evidence.flatten().kthvalue(n_below).values.clamp(min=0)
+
+
 class SpikeSlabPrior(nn.Module):
     """rate slab + (1 - rate) delta_0 for each feature, with rate ~ Beta(a, b).
 
     Parameters
     ----------
-    d_sae : int
-        Number of features.
+    d_in, d_sae : int
+        Width of the activations, number of features: what the rates begin at.
     slab : {"normal", "half_normal", "truncated_normal"}
         Law of an active code: Normal(mean, scale), HalfNormal(scale), or Normal(mean, scale)
         given that it is positive.
@@ -57,7 +76,7 @@ class SpikeSlabPrior(nn.Module):
 
     dimensional = ("slab_mean",)
 
-    def __init__(self, d_sae: int, slab: Slab, rate_prior: Sequence[float]):
+    def __init__(self, d_in: int, d_sae: int, slab: Slab, rate_prior: Sequence[float]):
         super().__init__()
         if slab not in get_args(Slab):
             raise ValueError(f"slab must be one of {get_args(Slab)}, got {slab!r}")
@@ -65,9 +84,8 @@ class SpikeSlabPrior(nn.Module):
             raise ValueError(f"rate_prior must be two positive numbers (a, b), got {rate_prior}")
         self.slab: Slab = slab
         self.rate_prior = (float(rate_prior[0]), float(rate_prior[1]))
-        self.rate_logit = nn.Parameter(
-            torch.full((d_sae,), math.log(_INITIAL_RATE / (1 - _INITIAL_RATE)))
-        )
+        rate = initial_rate(d_in, d_sae)
+        self.rate_logit = nn.Parameter(torch.full((d_sae,), math.log(rate / (1 - rate))))
         is_centred = slab == "half_normal"
         self.slab_mean = nn.Parameter(torch.zeros(d_sae), requires_grad=not is_centred)
         self.log_slab_scale = nn.Parameter(torch.zeros(d_sae))

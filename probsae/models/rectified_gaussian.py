@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import RectifiedNormal
-from probsae.models.base import SparseDictionary, as_event
+from probsae.models.base import N_FIRST_CODES, SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
-from probsae.models.code_priors import GENTLE_SCHEDULE, SpikeSlabPrior, typical_code_size
+from probsae.models.code_priors import (
+    GENTLE_SCHEDULE,
+    SpikeSlabPrior,
+    initial_threshold,
+    typical_code_size,
+)
 
 
 class RectifiedGaussianDictionary(SparseDictionary):
@@ -66,7 +71,7 @@ class RectifiedGaussianDictionary(SparseDictionary):
         super().__init__(
             d_in, d_sae, noise_scale=noise_scale, noise_floor=noise_floor, learn_noise=learn_noise
         )
-        self.code_prior = SpikeSlabPrior(d_sae, "truncated_normal", rate_prior)
+        self.code_prior = SpikeSlabPrior(d_in, d_sae, "truncated_normal", rate_prior)
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.log_code_scale = nn.Parameter(torch.zeros(d_sae))
@@ -91,6 +96,8 @@ class RectifiedGaussianDictionary(SparseDictionary):
         size = typical_code_size(x_centered)
         self.code_prior.initialize_(size)
         self.log_code_scale.fill_(math.log(0.3 * size))
+        evidence = x_centered[:N_FIRST_CODES] @ self.W_enc
+        self.b_enc.fill_(-initial_threshold(evidence, self.d_in))
 
     def log_prior_parameters(self) -> Tensor:
         return self.code_prior.log_density_of_rates()

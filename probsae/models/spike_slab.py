@@ -124,7 +124,7 @@ class SpikeSlabDictionary(SparseDictionary):
         # Measured in 256, 576 and 1,536 dimensions, see docs/decisions/damping.md.
         self.default_learning_rate = min(1e-2, max(1.8 / d_in, 7e-3))
         self.encoder_steps = encoder_steps
-        self.code_prior = SpikeSlabPrior(d_sae, slab, rate_prior)
+        self.code_prior = SpikeSlabPrior(d_in, d_sae, slab, rate_prior)
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         # Of the evidence in the lateral steps, and of the last one.
         self.log_step_noise = nn.Parameter(torch.zeros(1 + (encoder_steps > 0), d_sae))

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probsae.distributions import RectifiedNormal
-from probsae.models.base import SparseDictionary, as_event
+from probsae.models.base import N_FIRST_CODES, SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
-from probsae.models.code_priors import GENTLE_SCHEDULE, SpikeSlabPrior, typical_code_size
+from probsae.models.code_priors import (
+    GENTLE_SCHEDULE,
+    SpikeSlabPrior,
+    initial_threshold,
+    typical_code_size,
+)
 
 Prior = Literal["spike_slab", "laplace"]
 
@@ -87,7 +92,7 @@ class SparseVAE(SparseDictionary):
         self.rate_prior = tuple(rate_prior)
         self.code_prior = None
         if prior == "spike_slab":
-            self.code_prior = SpikeSlabPrior(d_sae, "truncated_normal", rate_prior)
+            self.code_prior = SpikeSlabPrior(d_in, d_sae, "truncated_normal", rate_prior)
         self.log_prior_scale = nn.Parameter(torch.zeros(d_sae), requires_grad=prior == "laplace")
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.encoder = _mlp(d_in, self.encoder_hidden, 2 * d_sae)
@@ -136,6 +141,10 @@ class SparseVAE(SparseDictionary):
         self.data_scale.fill_(size)
         if self.code_prior is not None:
             self.code_prior.initialize_(size)
+            threshold = initial_threshold(x_centered[:N_FIRST_CODES] @ self.W_enc, self.d_in)
+            last = self.encoder[-1]
+            assert isinstance(last, nn.Linear)
+            last.bias[: self.d_sae] = -threshold / size  # the shift begins at it
         self.log_prior_scale.fill_(math.log(0.3 * size))
 
     def log_prior_parameters(self) -> Tensor | None:

@@ -49,8 +49,7 @@ def test_massive_tokens_do_not_set_the_scales():
         lambda: ps.GatedSAE(16, 256),
         lambda: ps.JumpReLUSAE(16, 256),
         lambda: ps.LaplaceDictionary(16, 256),
-        lambda: ps.RectifiedGaussianDictionary(16, 256),
-        lambda: ps.SparseVAE(16, 256),
+        lambda: ps.SparseVAE(16, 256, prior="laplace"),
     ],
 )
 def test_the_first_reconstruction_does_not_overshoot(make):
@@ -67,6 +66,35 @@ def test_the_first_reconstruction_does_not_overshoot(make):
         assert slope < 1.25
     norms = model.W_enc.detach().norm(dim=0)
     assert float(norms.max()) < 0.7
+
+
+@pytest.mark.parametrize("cls", [ps.RectifiedGaussianDictionary, ps.SparseVAE])
+@pytest.mark.parametrize("d_sae", [16, 1_024])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_gates_open_as_often_as_the_prior_expects(cls, d_sae, scale):
+    x = scale * (3 * torch.randn(1_000, 16) + 5)
+    model = cls(d_in=16, d_sae=d_sae)
+    model.initialize_(x)
+    post = model.encode(x)
+    rate = float(model.code_prior.rate.detach().mean())
+    assert rate == pytest.approx(min(0.04, 0.12 * 16 / d_sae), rel=1e-5)
+    assert float((post.p_active > 0.5).double().mean()) == pytest.approx(rate, rel=0.05)
+    x_hat = model.decode(post.mean).detach()
+    assert float((x - x_hat).square().sum()) < float((x - model.b_dec.detach()).square().sum())
+
+
+@pytest.mark.parametrize("cls", [ps.RectifiedGaussianDictionary, ps.SparseVAE])
+def test_gates_of_activations_that_are_all_equal_are_finite(cls):
+    model = cls(d_in=4, d_sae=6)
+    model.initialize_(torch.full((10, 4), 3.0))
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("d_sae", [24, 96, 1_000])
+def test_wide_spike_slabs_begin_with_fewer_features_a_token(d_sae):
+    model = ps.SpikeSlabDictionary(d_in=16, d_sae=d_sae)
+    l0 = float(model.firing_rate.detach().sum())
+    assert l0 == pytest.approx(0.04 * d_sae if d_sae <= 48 else 1.92, rel=1e-5)
 
 
 def test_filters_that_are_short_enough_are_left_alone():

@@ -53,7 +53,9 @@ def build(variant, perturb=0.3):
     model = cls(d_in=D_IN, d_sae=D_SAE, **options).double()
     model.initialize_(x)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name in ("b_enc", "encoder.2.bias"):
+                parameter.zero_()  # gates that begin nearly shut open in too few draws to count
             parameter.add_(perturb * torch.randn_like(parameter))
     model.n_tokens = 1000
     return model.eval(), x

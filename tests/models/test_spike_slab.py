@@ -27,6 +27,7 @@ def test_tokens_explained_many_times_over_stay_bounded():
         model.W_enc.copy_(model.directions.T)
         model.log_step_noise.fill_(-2.0)
         model.damping_logit.fill_(2.0)
+        model.code_prior.rate_logit.fill_(-3.2)
     x = 3 * torch.randn(200, 8)
     residual = (x - model.decode(model.encode(x).mean)).norm(dim=1)
     assert (residual < 10 * x.norm(dim=1)).all()
