@@ -1,6 +1,6 @@
 """The seed study into this folder's results/, which `probsae study` runs anywhere else.
 
-python -m experiments.seed_study.run --scale small
+python -m experiments.seed_study.run --scale medium
 python -m experiments.seed_study.run --scale full --device cuda
 """
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(
-    scale: Literal["small", "full"] = "small",
+    scale: Literal["small", "medium", "full"] = "medium",
     seed: int = 0,
     device: str | None = None,
     n_processes: int | None = None,

@@ -1,6 +1,6 @@
 """The answer over several seeds of the study.
 
-python -m experiments.seed_study.run --scale small --seed 1     # and so on, into results/
+python -m experiments.seed_study.run --scale medium --seed 1     # and so on, into results/
 python -m experiments.seed_study.seeds                          # mean ± standard deviation
 """
 
@@ -65,7 +65,7 @@ def _cell(mean: float, spread: float, digits: int) -> str:
     return text if pd.isna(spread) else f"{text} ± {spread:.{digits}f}"
 
 
-def main(results: Path = RESULTS, scale: str = "small") -> None:
+def main(results: Path = RESULTS, scale: str = "medium") -> None:
     """Print both data sets' tables, of every seed that lies in `results`."""
     folders = [results / scale, *sorted(results.glob(f"{scale}-seed=*"))]
     studies = [read_results(folder) for folder in folders]

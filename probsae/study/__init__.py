@@ -2,6 +2,9 @@
 
 from probsae.study.report import write_report
 from probsae.study.run import GroupsFailedError, run_groups, run_study
-from probsae.study.scale import FULL, SMALL, Scale
+from probsae.study.scale import FULL, MEDIUM, SCALES, SMALL, Scale
 
-__all__ = ["FULL", "SMALL", "GroupsFailedError", "Scale", "run_groups", "run_study", "write_report"]
+__all__ = [
+    "FULL", "MEDIUM", "SCALES", "SMALL", "GroupsFailedError", "Scale", "run_groups", "run_study",
+    "write_report",
+]  # fmt: skip

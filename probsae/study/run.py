@@ -39,7 +39,7 @@ def run_study(
     path : str or Path
         The study's folder.
     scale : Scale
-        `FULL`, `SMALL`, or sizes of your own.
+        `FULL`, `MEDIUM`, `SMALL`, or sizes of your own.
     seed : int, default 0
         Of the data and of all fits.
     device : str, optional

@@ -169,3 +169,9 @@ SMALL = Scale(
     n_medoid_tokens=6_400,
 )
 """A quarter of each width, for a laptop."""
+
+MEDIUM = dataclasses.replace(SMALL, name="medium", ratios=FULL.ratios)
+"""`SMALL` at every size of the study: 96 SAEs, and dictionaries of 32 entries a feature."""
+
+SCALES = {scale.name: scale for scale in (SMALL, MEDIUM, FULL)}
+"""The scales by name."""

@@ -22,7 +22,7 @@ from probsae.study.fits import build_all
 from probsae.study.grid import DICTIONARIES, Grid
 from probsae.study.group import RESULT, DataSet, child_seed, to_json
 from probsae.study.plan import plan
-from probsae.study.scale import FULL, SMALL, Scale
+from probsae.study.scale import FULL, MEDIUM, SMALL, Scale
 from tests.study.tiny import DATA, TINY
 
 
@@ -37,7 +37,14 @@ def test_the_full_grid_is_the_studys():
     assert sizes(FULL, PCA)[-1] == 409_600
 
 
-@pytest.mark.parametrize("scale", [FULL, SMALL, TINY], ids=lambda scale: scale.name)
+def test_the_medium_study_has_all_sizes_of_the_full_one_and_the_rest_of_the_small_one():
+    grid = [g for g in plan(MEDIUM, 0) if isinstance(g, Grid) and g.data.decay == 0.99]
+    assert sum(len(g.data.scale.penalties) for g in grid) == 96
+    assert MEDIUM.ratios == FULL.ratios
+    assert dataclasses.replace(MEDIUM, name="small", ratios=SMALL.ratios) == SMALL
+
+
+@pytest.mark.parametrize("scale", [FULL, MEDIUM, SMALL, TINY], ids=lambda scale: scale.name)
 def test_groups_have_names_of_their_own(scale):
     names = [group.name for group in plan(scale, 0)]
     assert len(set(names)) == len(names)
