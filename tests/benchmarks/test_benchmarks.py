@@ -20,6 +20,10 @@ BENCHMARKS = {
         "ks=(3,), with_growth=False",
         "throughput",
     ),
+    "tracking": (
+        "d_in=16, d_sae=32, batch_size=64, n_features=24, n_steps=16, every=4",
+        "tracked",
+    ),
     "language_model": (
         "n_harvested=4, n_spliced=2, context_length=8, batch_size=2, n_rounds=1",
         "seconds",
