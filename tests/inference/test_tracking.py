@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from torch.utils.flop_counter import FlopCounterMode
 from wandb.proto import wandb_internal_pb2
 
 import probsae as ps
@@ -37,6 +38,22 @@ def look(tracker, dictionary, step, firing_rate):
     state.objective = Objective(*numbers, firing_rate=torch.tensor(firing_rate))
     tracker.on_step(state)
     return {name: values[-1] for name, values in tracker.history.items()}
+
+
+def products(source, callbacks):
+    """Floating-point operations of a fit's matrix products."""
+    torch.manual_seed(0)
+    model = ps.ReLUSAE(d_in=8, d_sae=12)
+    with FlopCounterMode(display=False) as counter:
+        ps.fit(model, source, **{**OPTIONS, "n_steps": 4}, compile=False, callbacks=callbacks)
+    return counter.get_total_flops()
+
+
+def test_a_look_is_one_product_of_the_dictionaries_and_other_steps_none(source):
+    tracker = FeatureTracker(source.features, every=2)
+    looks = products(source, [tracker]) - products(source, [])
+    assert tracker.history["step"] == [2, 4]
+    assert looks == 2 * (2 * len(source.features) * 12 * 8)
 
 
 def test_counts_by_hand():

@@ -99,7 +99,7 @@ def _surplus(results: Results, answer: Frame, grid: Frame) -> str:
 
 
 def _draw(results: Results, grid: Frame, answer: Frame) -> Figure:
-    figure, panels = new_figure(14, 6.5, columns=4, rows=2)
+    figure, panels = new_figure(14, 7, columns=4, rows=2)
     for axes, measure in zip(np.ravel(panels), MEASURES, strict=True):
         _draw_measure(axes, measure, grid, answer)
         axes.set(xlabel="dictionary size / true features", title=MEASURES[measure][0])
@@ -108,7 +108,8 @@ def _draw(results: Results, grid: Frame, answer: Frame) -> Figure:
         if measure == "alive":
             axes.axhline(results.scale.n_features, color="black", ls=":")
             axes.set_yscale("log")
-    panels[0][0].legend(fontsize="x-small")
+    names = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(names.values(), names.keys(), loc="outside upper center", ncols=6)
     return figure
 
 

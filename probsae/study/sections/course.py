@@ -110,16 +110,19 @@ def _values(name: str, row: Any) -> np.ndarray:
 
 def _draw(table: Frame, by: str, curves: dict[str, str]) -> Figure:
     """Draw a row of panels for each curve, a panel for each value of the column `by`."""
+    from matplotlib import colormaps
+
     values_of_by, ratios = list(table[by].unique()), sorted(table["ratio"].unique())
+    # From the smallest dictionary to the largest, less the palest end.
+    colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(ratios)))
     n_rows = len(curves)
     figure, panels = new_figure(14, 0.8 + 2.2 * n_rows, columns=len(values_of_by), rows=n_rows)
     panels = np.reshape(panels, (n_rows, len(values_of_by)))
     for axes, (name, label) in zip(panels, curves.items(), strict=True):
         for panel, value in zip(axes, values_of_by, strict=True):
             for row in table[table[by] == value].sort_values("ratio").itertuples():
-                shade = ratios.index(row.ratio) / max(1, len(ratios) - 1)
-                curve = _values(name, row)
-                panel.plot(row.history["step"], curve, c=_color(shade), label=f"{row.ratio:g}")
+                curve, color = _values(name, row), colors[ratios.index(row.ratio)]
+                panel.plot(row.history["step"], curve, color=color, label=f"ratio {row.ratio:g}")
         _share_y(axes)
         axes[0].set_ylabel(label)
     for panel, value in zip(panels[0], values_of_by, strict=True):
@@ -127,7 +130,10 @@ def _draw(table: Frame, by: str, curves: dict[str, str]) -> Figure:
         panel.set_title(title, fontsize="medium")
     for panel in panels[-1]:
         panel.set_xlabel("step")
-    panels[0, 0].legend(title="ratio", fontsize="x-small", title_fontsize="x-small")
+    lines = panels[0, 0].get_lines()
+    figure.legend(
+        lines, [f"ratio {ratio:g}" for ratio in ratios], loc="outside upper center", ncols=8
+    )
     return figure
 
 
@@ -136,8 +142,3 @@ def _share_y(axes: Any) -> None:
     top = max(panel.get_ylim()[1] for panel in axes)
     for panel in axes:
         panel.set_ylim(0, max(top, 0.01))
-
-
-def _color(shade: float) -> tuple[float, float, float]:
-    """Return a colour from light blue, the smallest dictionary, to dark red, the largest."""
-    return 0.15 + 0.6 * shade, 0.55 * (1 - shade), 0.85 * (1 - shade) + 0.1 * shade
