@@ -32,10 +32,11 @@ def seed_table(studies: Sequence[Results], is_correlated: bool) -> Frame:
     -------
     DataFrame
         "mean ± standard deviation" of every measure by method and ratio. L1 SAEs at each ratio are
-        those with the best MMCS over penalties, chosen anew on every seed with the truth in hand.
+        those with the best MMCS over penalties, chosen anew on every seed with the truth in hand;
+        at ratio NaN stands for each measure the best of the whole grid, chosen for it alone.
     """
     rows: Frame = pd.concat([_rows(study, is_correlated) for study in studies])
-    figures = rows.groupby(["method", "ratio"])[list(MEASURES)]
+    figures = rows.groupby(["method", "ratio"], dropna=False)[list(MEASURES)]
     means, spreads = figures.mean(), figures.std(ddof=1)
     cells = {
         name: [
@@ -49,8 +50,16 @@ def seed_table(studies: Sequence[Results], is_correlated: bool) -> Frame:
 
 def _rows(study: Results, is_correlated: bool) -> Frame:
     answer = study.of(study.answer, is_correlated)
-    best = []
-    for _, grid in study.of(study.grid, is_correlated).groupby("ratio"):
+    whole = study.of(study.grid, is_correlated)
+    bests = {measure: best_of_grid(whole, measure) for measure in MEASURES}
+    best = [
+        {
+            **{name: float("nan") if row is None else row[name] for name, row in bests.items()},
+            "method": f"L1, each figure's best of {len(whole)}",
+            "ratio": float("nan"),
+        }
+    ]
+    for _, grid in whole.groupby("ratio"):
         row = best_of_grid(grid, "mmcs")
         if row is not None:
             best.append({**row, "method": "L1, best MMCS"})
@@ -72,6 +81,7 @@ def main(results: Path = RESULTS, scale: str = "medium") -> None:
     print(f"Seeds {', '.join(str(study.seed) for study in studies)}.")
     for is_correlated, name in DATA_NAMES.items():
         table = seed_table(studies, is_correlated).reset_index()
+        table["ratio"] = ["-" if pd.isna(ratio) else f"{ratio:g}" for ratio in table["ratio"]]
         print(f"\nDecay {studies[0].scale.grid_decay:g}, {name}:\n")
         print("| " + " | ".join(c.replace("_", " ") for c in table.columns) + " |")
         print("|" + " --- |" * len(table.columns))

@@ -28,7 +28,13 @@ def folders(tmp_path):
 
 def test_means_and_spreads(folders):
     table = seed_table([read_results(path) for path in folders], is_correlated=False)
-    assert set(table.index) == {
+    n_saes = len(TINY.penalties) * len(TINY.ratios)
+    of_all = table.loc[f"L1, each figure's best of {n_saes}"]
+    assert len(of_all) == 1
+    assert of_all["mmcs"].item() == "0.900 ± 0.000"
+    assert of_all["f1"].item() == "0.500 ± 0.000"  # never that of the SAE with the best MMCS
+    assert of_all["alive"].item() == "-"
+    assert set(table[table.index.get_level_values("ratio").notna()].index) == {
         (method, ratio)
         for method in ("L1, best MMCS", "Laplace", "RectifiedGaussian", "SpikeSlab")
         for ratio in TINY.ratios
