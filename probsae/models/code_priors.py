@@ -51,8 +51,9 @@ def initial_threshold(evidence: Float[Tensor, "token d_sae"], d_in: int) -> Tens
     would, and most be shut before their features are found (docs/decisions/first_rate.md).
     """
     n_above = max(1, round(initial_rate(d_in, evidence.shape[1]) * evidence.numel()))
-    n_below = max(1, evidence.numel() - n_above)
-    return evidence.flatten().kthvalue(n_below).values.clamp(min=0)
+    # topk: kthvalue has no deterministic form on a GPU.
+    largest = evidence.flatten().topk(min(n_above + 1, evidence.numel()), sorted=False).values
+    return largest.min().clamp(min=0)
 
 
 class SpikeSlabPrior(nn.Module):
