@@ -19,7 +19,7 @@ Slab = Literal["normal", "half_normal", "truncated_normal"]
 
 # Where gates begin: .04 x 768 is some 30 features a token, enough that each gets a gradient. Those
 # of wide dictionaries begin at fewer: what L others leave of a direction at random is L / d_in of
-# its token, and a fit that begins at half of it sorts mixtures (docs/decisions/first_rate.md).
+# its token, and where L is several times d_in a fit sorts mixtures (docs/decisions/first_rate.md).
 _INITIAL_RATE = 0.04
 _INITIAL_L0_PER_DIMENSION = 0.12
 # Of the norm that 99 tokens in 100 stay below: what is shorter is the location, but for rounding.

@@ -130,10 +130,7 @@ def _draw(table: Frame, by: str, curves: dict[str, str]) -> Figure:
         panel.set_title(title, fontsize="medium")
     for panel in panels[-1]:
         panel.set_xlabel("step")
-    lines = panels[0, 0].get_lines()
-    figure.legend(
-        lines, [f"ratio {ratio:g}" for ratio in ratios], loc="outside upper center", ncols=8
-    )
+    figure.legend(handles=panels[0, 0].get_lines(), loc="outside upper center", ncols=len(ratios))
     return figure
 
 
