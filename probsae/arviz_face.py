@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,26 @@ def import_arviz() -> ModuleType:
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
     return arviz
+
+
+def from_dict(
+    groups: dict[str, dict[str, np.ndarray]],
+    coords: dict[str, np.ndarray],
+    dims: dict[str, list[str]],
+) -> Any:
+    """Build arviz's object: InferenceData before 1.0, an xarray.DataTree from then on.
+
+    Parameters
+    ----------
+    groups : dict of dict of array
+        Variables of each group, those with draws of shape (chain, draw, ...).
+    coords, dims : dict
+        Labels of each dimension, and each variable's dimensions after chain and draw.
+    """
+    az = import_arviz()
+    if _is_before_1(az):
+        return az.from_dict(**groups, coords=coords, dims=dims)
+    return az.from_dict(groups, coords=coords, dims=dims)
 
 
 class Psis(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from probsae.activations.source import check_activations
+from probsae.arviz_face import from_dict
 from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.elbo import require_linear_decoder
 from probsae.inference.refine import refine
@@ -23,7 +24,6 @@ from probsae.metrics.streams import own_stream
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import learned_spike_slab
-from probsae.posterior import assemble
 
 _DIMS = {
     "direction": ["feature", "dimension"],
@@ -150,7 +150,7 @@ def dictionaries_to_arviz(
         "feature": np.asarray(features),
         "dimension": np.arange(x.shape[1]),
     }
-    return assemble(groups, coords, _DIMS)
+    return from_dict(groups, coords, _DIMS)
 
 
 class _Chain(NamedTuple):

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probsae.activations.source import check_activations
-from probsae.arviz_face import import_arviz as _arviz
+from probsae.arviz_face import from_dict
 from probsae.inference.elbo import elbo_terms
 from probsae.models.base import SparseDictionary
 from probsae.seeding import seeded
@@ -130,7 +130,7 @@ def to_arviz(
         "feature": np.arange(model.d_sae),
         "dimension": np.arange(model.d_in),
     }
-    return assemble(groups, coords, _DIMS)
+    return from_dict(groups, coords, _DIMS)
 
 
 def _log_normal(x: Tensor, x_hat: Tensor, scale: Tensor) -> Tensor:
@@ -138,15 +138,3 @@ def _log_normal(x: Tensor, x_hat: Tensor, scale: Tensor) -> Tensor:
     d_in = x.shape[-1]
     squared = (x - x_hat).square().sum(-1) / scale.square()
     return -0.5 * (squared + d_in * math.log(2 * math.pi)) - d_in * scale.log()
-
-
-def assemble(
-    groups: dict[str, dict[str, np.ndarray]],
-    coords: dict[str, np.ndarray],
-    dims: dict[str, list[str]],
-) -> Any:
-    """Call arviz' `from_dict`: groups are keywords before 1.0, one nested mapping from then on."""
-    az = _arviz()
-    if int(az.__version__.split(".")[0]) < 1:
-        return az.from_dict(**groups, coords=coords, dims=dims)
-    return az.from_dict(groups, coords=coords, dims=dims)
