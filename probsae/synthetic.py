@@ -251,13 +251,24 @@ class SyntheticActivations:
 def firing_probability(n_features: int, n_active: float, decay: float) -> Float[Tensor, " feature"]:
     """Return probabilities proportional to decay^i, none above 1, that sum to `n_active`."""
     weight = decay ** torch.arange(n_features, dtype=torch.float64)
-    # The largest may not exceed 1: raise the common factor until the clipped sum is right.
-    low, high = 0.0, n_features / float(weight.min().clamp(min=1e-300))
-    for _ in range(200):
-        factor = (low + high) / 2
-        is_short = float((factor * weight).clamp(max=1).sum()) < n_active
+    return _clipped_to_sum(weight, n_active).float()
+
+
+def _clipped_to_sum(weight: Float[Tensor, " feature"], total: float) -> Float[Tensor, " feature"]:
+    """Return min(1, c weight), in float64 on the CPU, with the c that makes its sum `total`."""
+    weight = weight.double().cpu()
+    low, high = 0.0, len(weight) / float(weight.min().clamp(min=1e-300))
+    # To the last digit: c may be hundreds of factors of 2 below the first guess.
+    while low < (factor := (low + high) / 2) < high:
+        is_short = float((factor * weight).clamp(max=1).sum()) < total
         low, high = (factor, high) if is_short else (low, factor)
-    return (high * weight).clamp(max=1).float()
+    probability = (high * weight).clamp(max=1)
+    if float(probability.sum()) < 0.999 * total:
+        raise ValueError(
+            f"n_active={total} cannot be reached: the rarest features' probabilities are below "
+            "what float64 holds; use a decay nearer to 1"
+        )
+    return probability
 
 
 def _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes, noise_scale):

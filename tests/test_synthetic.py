@@ -24,6 +24,20 @@ def test_probabilities_sum_to_n_active_and_decay():
     assert float(p[-1]) == pytest.approx(3.0e-4, abs=2e-5)
 
 
+@pytest.mark.parametrize("decay", [0.7, 0.5, 0.01])
+def test_probabilities_sum_to_n_active_however_steeply_they_fall(decay):
+    p = ps.SyntheticActivations(d_in=4, n_features=512, n_active=5, decay=decay).firing_probability
+    assert float(p.double().sum()) == pytest.approx(5, rel=1e-6)
+    falling = p[(p < 1) & (p > 1e-30)].double()
+    ratios = falling[1:] / falling[:-1]
+    torch.testing.assert_close(ratios, torch.full_like(ratios, decay), rtol=1e-5, atol=0)
+
+
+def test_rarer_features_than_numbers_go_are_refused():
+    with pytest.raises(ValueError, match="n_active=500"):
+        ps.SyntheticActivations(d_in=4, n_features=512, n_active=500, decay=0.01)
+
+
 @pytest.mark.parametrize("correlation", CORRELATIONS)
 @pytest.mark.parametrize("magnitudes", ["uniform", "uniform_product", (1.0, 0.5)])
 def test_codes_are_exactly_what_made_the_activations(correlation, magnitudes):
