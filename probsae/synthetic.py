@@ -223,6 +223,8 @@ class SyntheticActivations:
         # One draw a call scales all probabilities, which are then brought back to n_active.
         probability = torch.special.ndtr(latent[0]) * self.firing_probability
         probability *= self.n_active / probability.sum()
+        if bool((probability > 1).any()):  # what is above 1 would be missing from the sum
+            probability = _clipped_to_sum(probability, self.n_active).to(probability)
         return torch.rand(shape, generator=generator, device=device) < probability
 
     def _support_of_families(self, uniforms: Tensor) -> Tensor:

@@ -72,6 +72,15 @@ def test_per_batch_has_n_active_and_no_correlation_inside_a_call():
     assert float((rates[0] - rates[1]).abs().max()) > 0.02
 
 
+def test_per_batch_has_n_active_where_it_would_scale_a_probability_above_1():
+    data = ps.SyntheticActivations(
+        d_in=4, n_features=64, n_active=20, decay=0.9, correlation="per_batch"
+    )
+    for seed in range(3):
+        z = data.sample(20_000, seed=seed)[1] != 0
+        assert float(z.double().sum(1).mean()) == pytest.approx(20, abs=0.1)
+
+
 def test_copula_correlates_inside_a_call():
     on = (make(correlation="copula").sample(50_000)[1] != 0)[:, :8].double()
     assert float((torch.corrcoef(on.T) - torch.eye(8)).abs().max()) > 0.08
