@@ -1,9 +1,11 @@
 """What the generators promise."""
 
 import itertools
+import math
 
 import pytest
 import torch
+from scipy.stats import truncnorm
 
 import probsae as ps
 from tests.conftest import FALSE_ALARM_RATE
@@ -141,6 +143,15 @@ def test_magnitude_laws():
     assert float(z[z != 0].mean()) == pytest.approx(1.0276, abs=0.005)
 
 
+@pytest.mark.parametrize("ratio", [-4.0, -8.0, -10.0, -36.0])
+def test_magnitudes_of_a_mean_far_below_zero(ratio):
+    z = make(magnitudes=(0.1 * ratio, 0.1)).sample(50_000)[1]
+    law = truncnorm(-ratio, math.inf, loc=0.1 * ratio, scale=0.1)
+    magnitude = z[z != 0].double()
+    error = 5 * law.std() / math.sqrt(len(magnitude))
+    assert float(magnitude.mean()) == pytest.approx(law.mean(), abs=error)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -156,6 +167,7 @@ def test_magnitude_laws():
         {"magnitudes": (1.0, 0.0)},
         {"magnitudes": (1.0, float("nan"))},
         {"magnitudes": (1.0, 0.5, 2.0)},
+        {"magnitudes": (-5.0, 0.1)},
         {"magnitudes": 3},
         {"magnitudes": "normal"},
         {"correlation": "all"},
