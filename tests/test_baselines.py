@@ -50,6 +50,17 @@ def test_four_verbs(fitted, data):
     assert type(fitted)(d_in=12, d_sae=5).d_in == fitted.d_in == 12
 
 
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_the_callers_generators_are_not_touched(cls, data):
+    np.random.seed(0)  # noqa: NPY002 (the generator that others draw from)
+    expected = np.random.random()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    before = torch.get_rng_state()
+    cls(d_sae=6, n_tokens=300).fit(data).encode(data.sample(20, seed=3)[0])
+    assert np.random.random() == expected  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_reconstruction_beats_chance(fitted, data):
     x, _ = data.sample(500, seed=3)
     chance = baselines.RandomDictionary(d_sae=12).fit(data)
