@@ -92,7 +92,7 @@ def adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:
             factor = factors.get(name, 1.0) * (unit if name in model.dimensional else 1.0)
             key = (factor, name in model.frozen_in_warmup)
             groups.setdefault(key, []).append(parameter)
-    return torch.optim.Adam(
+    optimizer = torch.optim.Adam(
         [
             {"params": parameters, "factor": factor, "waits": waits}
             for (factor, waits), parameters in groups.items()
@@ -101,3 +101,6 @@ def adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:
         betas=model.adam_betas,
         fused=True,
     )
+    # What the caller, or a fit that was interrupted, left there is no part of the first step.
+    optimizer.zero_grad()
+    return optimizer

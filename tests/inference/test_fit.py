@@ -25,6 +25,7 @@ from probsae.inference import (
     Schedule,
     TargetL0,
     WandbLogger,
+    objective,
     step,
 )
 from probsae.inference.fit import _SingleFit
@@ -287,6 +288,20 @@ def test_a_loaded_checkpoint_resumes_as_a_fresh_model_does(source, tmp_path):
         ps.fit(model, source, **OPTIONS, resume=tmp_path / "c")
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_gradients_that_were_there_before_are_no_part_of_a_fit(source):
+    x, _ = source.sample(64)
+    ends = []
+    for is_stale in (False, True):
+        models = [small_model(cls) for cls in (ps.SpikeSlabDictionary, ps.ReLUSAE)]
+        if is_stale:
+            for model in models:
+                (100 * objective(model, x).loss).backward()
+        ps.fit(models[0], source, **OPTIONS)
+        ps.fit_ensemble(models[1:], source, **OPTIONS)
+        ends.append([value for model in models for value in model.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_any_pyro_elbo_can_be_passed(source):
