@@ -24,6 +24,7 @@ from probsae.inference.start import (
     check_fit_memory,
     check_rate,
     open_data,
+    with_gradients,
 )
 from probsae.inference.step import (
     LossFunction,
@@ -69,6 +70,7 @@ class NoiseFloorWarning(UserWarning):
     """A fit ended with the learned noise scale on its floor."""
 
 
+@with_gradients
 def fit(
     model: SparseDictionary,
     data: ActivationData,
@@ -277,7 +279,7 @@ def warn_of_binding_floor(model: SparseDictionary) -> None:
             "data better than that, and p_active and intervals are those of noise at the floor; "
             "pass a smaller noise_floor for sharper ones",
             NoiseFloorWarning,
-            stacklevel=3,
+            stacklevel=5,  # the decorator has two frames
         )
 
 

@@ -97,7 +97,7 @@ def _run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
         warnings.warn(
             f"the data ended after {fits.step} of {fits.n_steps} steps, and so did the fit; "
             "pass a tensor or a store to have several passes",
-            stacklevel=4,
+            stacklevel=6,  # two frames are those of `with_gradients`
         )
     fits.end()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,18 @@ from probsae.models.base import SparseDictionary
 _N_INITIAL_TOKENS = 4096
 # Arrays of a code each that a step keeps for its gradient, at least.
 _CODES_AT_ONCE = 4
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def with_gradients(function: _Function) -> _Function:
+    """Let `function` take gradients also where its caller has switched them off.
+
+    Models are fitted inside a `torch.no_grad()` or `torch.inference_mode()` of an evaluation loop,
+    whose tensors could not be differentiated by.
+    """
+    return torch.inference_mode(False)(torch.enable_grad()(function))
 
 
 def check_counts(n_steps: int, batch_size: int) -> None:

@@ -1,5 +1,6 @@
 """The fit loop: what it takes, what it leaves, and how it stops."""
 
+import copy
 import json
 import os
 import signal
@@ -302,6 +303,24 @@ def test_gradients_that_were_there_before_are_no_part_of_a_fit(source):
         ps.fit_ensemble(models[1:], source, **OPTIONS)
         ends.append([value for model in models for value in model.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_has_the_same_fit(source, mode):
+    x, _ = source.sample(200)
+    models = [small_model(), small_model(cls=ps.ReLUSAE), small_model(cls=ps.TopKSAE, k=2)]
+    others = copy.deepcopy(models)
+    with mode():
+        ps.fit(models[0], x, **OPTIONS)
+        ps.fit(models[1], source, **OPTIONS)
+        ps.fit_ensemble(models[2:], x, **OPTIONS)
+        assert not torch.is_grad_enabled()
+    ps.fit(others[0], x, **OPTIONS)
+    ps.fit(others[1], source, **OPTIONS)
+    ps.fit_ensemble(others[2:], x, **OPTIONS)
+    for model, other in zip(models, others, strict=True):
+        assert all(torch.equal(v, other.state_dict()[n]) for n, v in model.state_dict().items())
+    ps.fit(models[0], x, **OPTIONS)
 
 
 def test_any_pyro_elbo_can_be_passed(source):

@@ -15,11 +15,12 @@ from probsae.inference.ensemble.stacked import Setup, Wish, check_passes, fit_st
 from probsae.inference.fit import FitResult, fit
 from probsae.inference.guard import NonFiniteElboError
 from probsae.inference.schedule import Schedule
-from probsae.inference.start import check_counts, check_rate
+from probsae.inference.start import check_counts, check_rate, with_gradients
 from probsae.inference.step import Precision
 from probsae.models.base import SparseDictionary
 
 
+@with_gradients
 def fit_ensemble(
     models: Sequence[SparseDictionary],
     data: ActivationData,
