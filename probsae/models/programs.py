@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
@@ -24,7 +26,7 @@ def generate(
     if log_prior is not None:
         pyro.factor("parameters", log_prior * (n_tokens / (dictionary.n_tokens or n_tokens)))
     with pyro.plate("token", n_tokens, dim=-1):
-        with poutine.scale(scale=kl_weight):
+        with poutine.scale(scale=_positive(kl_weight)):
             z = pyro.sample("codes", dictionary.prior())  # pyright: ignore[reportArgumentType]
         likelihood = dist.Normal(dictionary.decode(z), dictionary.noise_scale).to_event(1)
         expectation = {}
@@ -44,8 +46,15 @@ def infer(dictionary: SparseDictionary, x: Tensor | None, kl_weight: float | Ten
         loss = dictionary.auxiliary_loss(x, posterior, kl_weight)
         if loss is not None:
             pyro.factor("auxiliary", loss, has_rsample=True)
-        with poutine.scale(scale=kl_weight):
+        with poutine.scale(scale=_positive(kl_weight)):
             return pyro.sample("codes", as_event(posterior.distribution))  # pyright: ignore[reportArgumentType]
+
+
+def _positive(weight: float | Tensor) -> float | Tensor:
+    """Return the weight, or where it is 0 the least number: Pyro scales by nothing else."""
+    if isinstance(weight, Tensor):
+        return weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    return max(weight, sys.float_info.min)
 
 
 def _register_parameters(dictionary: SparseDictionary) -> None:

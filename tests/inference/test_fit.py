@@ -305,6 +305,18 @@ def test_gradients_that_were_there_before_are_no_part_of_a_fit(source):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def test_a_pyro_elbo_takes_a_kl_weight_of_0(source):
+    schedule = Schedule(kl_start=0.0)
+    models = [small_model() for _ in range(2)]
+    losses = [
+        ps.fit(model, source, elbo=elbo, schedule=schedule, **OPTIONS).history["loss"]
+        for model, elbo in zip(models, (None, ps.inference.ExactELBO()), strict=True)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    sampled = ps.SparseVAE(8, 12, decoder_hidden=4)
+    assert ps.fit(sampled, source, schedule=schedule, **OPTIONS).n_steps == 30
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_caller_without_gradients_has_the_same_fit(source, mode):
     x, _ = source.sample(200)
