@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from probsae.models.files import (
     DICTIONARY_FILES,
     atomic_write,
     check_replaceable,
+    describe,
     save_dictionary,
 )
 
@@ -149,36 +151,41 @@ def check_checkpoint(path: str | Path) -> Path:
     return Path(path)
 
 
-def steps_done(path: str | Path) -> int:
-    """Return the steps that a checkpoint was made after.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no complete checkpoint at `path`.
-    """
-    return int(json.loads((check_checkpoint(path) / "fit.json").read_text())["step"])
-
-
-def load_checkpoint(path: str | Path, state: FitState) -> None:
-    """Set model, optimiser, step and history of `state` to those of a checkpoint.
+def steps_done(
+    path: str | Path, model: SparseDictionary, settings: Mapping[str, float | int]
+) -> int:
+    """Return the steps after which a checkpoint was made that a fit of `model` can go on from.
 
     Raises
     ------
     FileNotFoundError
         If there is no complete checkpoint at `path`.
     ValueError
-        If the checkpoint belongs to another model, seed, number of steps, batch size or rate.
+        If it belongs to another model, seed, number of steps, batch size or rate.
     """
     path = check_checkpoint(path)
     saved = json.loads((path / "fit.json").read_text())
-    settings = {"n_steps": state.n_steps, "seed": state.seed, **state.settings}
     for name, value in settings.items():
         if saved["settings"].get(name) != value:
             raise ValueError(
                 f"the checkpoint at {path} was made with {name}={saved['settings'].get(name)}, "
                 f"this fit has {value}; resume with the same settings"
             )
+    config = json.loads((path / "config.json").read_text())
+    own = json.loads(json.dumps(describe(model)))  # lists for tuples, as the file has them
+    for name in ("class", "hyperparameters"):
+        if config[name] != own[name]:
+            raise ValueError(
+                f"the checkpoint at {path} is of a model whose {name} is {config[name]}, "
+                f"and this one's is {own[name]}; resume with the same model"
+            )
+    return int(saved["step"])
+
+
+def load_checkpoint(path: str | Path, state: FitState) -> None:
+    """Set model, optimiser, step and history of `state` to those of a checkpoint that fits it."""
+    path = Path(path)
+    saved = json.loads((path / "fit.json").read_text())
     state.model.load_state_dict(load_file(path / "model.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng"))

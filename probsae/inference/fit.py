@@ -167,7 +167,10 @@ def fit(
         model.default_learning_rate if learning_rate is None else learning_rate
     )
     check_precision(precision)
-    n_done = 0 if resume is None else steps_done(resume)
+    settings = {"batch_size": batch_size, "learning_rate": learning_rate}
+    n_done = 0
+    if resume is not None:
+        n_done = steps_done(resume, model, {"n_steps": n_steps, "seed": seed, **settings})
     check_fit_memory(model, piece_tokens(model, batch_size), device)
     first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in, n_done)
     model.to(device)
@@ -176,7 +179,7 @@ def fit(
     model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
-    state.settings = {"batch_size": batch_size, "learning_rate": learning_rate}
+    state.settings = settings
     step = training_step(model, elbo, compile, batch_size, n_steps, objective)
     with seeded(seed, device), products_in(model, precision):
         model.train()

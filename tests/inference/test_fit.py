@@ -538,7 +538,29 @@ def test_a_checkpoint_of_other_settings_is_refused(source, tmp_path):
             ps.fit(small_model(), source, resume=tmp_path / "run", **(OPTIONS | {name: value}))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         ps.fit(small_model(), source, resume=tmp_path / "nothing", **OPTIONS)
+    model = small_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="n_steps=30"):
+        ps.fit(model, source, resume=tmp_path / "run", **(OPTIONS | {"n_steps": 31}))
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
     assert not list(Path(tmp_path).glob(".*")), "a half-written checkpoint was left behind"
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        (ps.BatchTopKSAE, {"k": 4}, "hyperparameters"),
+        (ps.MatryoshkaSAE, {"k": 3}, "class"),  # its tensors are a BatchTopK's
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(cls, options, words, source, tmp_path):
+    callbacks = [Checkpoint(tmp_path / "run", every=10)]
+    ps.fit(ps.BatchTopKSAE(8, 12, k=3), source, callbacks=callbacks, **OPTIONS)
+    model = cls(8, 12, **options)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        ps.fit(model, source, resume=tmp_path / "run", **OPTIONS)
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
 
 
 def test_pieces_of_a_batch_give_its_gradient(source, monkeypatch):
