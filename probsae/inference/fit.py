@@ -19,6 +19,7 @@ from probsae.inference.guard import FiniteGuard, NonFiniteElboError
 from probsae.inference.loop import Fits, progress_bar, run
 from probsae.inference.schedule import Schedule
 from probsae.inference.start import (
+    FirstScales,
     adam,
     check_counts,
     check_fit_memory,
@@ -174,7 +175,7 @@ def fit(
     check_fit_memory(model, piece_tokens(model, batch_size), device)
     first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in, n_done)
     model.to(device)
-    was_initialized, floor = bool(model.is_initialized), model.noise_floor.clone()
+    scales = FirstScales(model)
     model.initialize_(first)
     model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
@@ -192,9 +193,8 @@ def fit(
         except BaseException:
             for callback in single.callbacks:
                 callback.on_failure(state)
-            if state.step == 0 and not was_initialized:
-                model.is_initialized.fill_(False)  # the next fit's data set the scales
-                model.noise_floor.copy_(floor)
+            if state.step == 0:
+                scales.undo()
             raise
         finally:
             model.noise_factor.fill_(1.0)

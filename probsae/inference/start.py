@@ -93,6 +93,26 @@ def open_data(
     return torch.cat(head), rest
 
 
+class FirstScales:
+    """What a model had before `initialize_`, for a fit that ends before its first step.
+
+    Parameters
+    ----------
+    model : SparseDictionary
+        About to be given its location and scales.
+    """
+
+    def __init__(self, model: SparseDictionary):
+        self.model = model
+        self.was_initialized, self.floor = bool(model.is_initialized), model.noise_floor.clone()
+
+    def undo(self) -> None:
+        """Leave location and scales to the next fit's data."""
+        if not self.was_initialized:
+            self.model.is_initialized.fill_(False)
+            self.model.noise_floor.copy_(self.floor)
+
+
 def adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:
     """Group parameters by unit and by whether they wait for the KL warm-up.
 

@@ -16,6 +16,7 @@ from probsae.inference import (
     NoiseFloorWarning,
     ResampleDeadFeatures,
     Schedule,
+    TargetL0,
 )
 from probsae.inference.ensemble.grouping import group
 from probsae.inference.ensemble.memory import peak_bytes, split
@@ -221,6 +222,19 @@ def test_callbacks_hear_of_failures_and_interrupts(source):
             callbacks=[[n] for n in notes], learning_rate=[1e-3, 1e30], **OPTIONS,
         )  # fmt: skip
     assert [n.notes for n in notes] == [["start", "end"], ["start", "failure"]]
+
+
+def test_an_ensemble_that_never_began_leaves_the_scales_to_the_next(source):
+    models = build(ps.ReLUSAE, [{}, {}]) + build(ps.RectifiedGaussianDictionary, [{}])
+    floor = float(models[2].noise_floor)
+    steering = [[], [], [TargetL0(3)]]  # which learns no noise
+    with pytest.raises(ValueError, match="learn_noise=False"):
+        ps.fit_ensemble(models, 1e3 + source.sample(500)[0], callbacks=steering, **OPTIONS)
+    assert not any(bool(model.is_initialized) for model in models)
+    assert float(models[2].noise_floor) == floor
+    with pytest.raises(MemoryError):
+        ps.fit_ensemble(models, source, memory=1, **OPTIONS)
+    assert not any(bool(model.is_initialized) for model in models)
 
 
 class NoHostWaits(TorchDispatchMode):

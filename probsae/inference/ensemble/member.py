@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probsae.inference.callbacks import Callback, FitState
 from probsae.inference.schedule import Schedule
+from probsae.inference.start import FirstScales
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Member:
     schedule: Schedule
     learning_rate: float
     callbacks: list[Callback]
+    scales: FirstScales
     failure: str | None = None
     """Why it was stopped."""
 

@@ -21,7 +21,7 @@ from probsae.inference.ensemble.waves import Footprint, footprint, how_many, wav
 from probsae.inference.fit import FitResult, warn_of_binding_floor
 from probsae.inference.loop import progress_bar, run
 from probsae.inference.schedule import Schedule
-from probsae.inference.start import adam, open_data
+from probsae.inference.start import FirstScales, adam, open_data
 from probsae.inference.step import (
     Precision,
     members_at_a_time,
@@ -73,7 +73,24 @@ def fit_stacked(wishes: Sequence[Wish], setup: Setup, memory: float | None) -> d
     """Fit models with a linear decoder; return their results by index."""
     first, stream = _open(setup, wishes)
     members = [_member(wish, setup, first) for wish in wishes]
-    room = budget(setup.device, memory)
+    try:
+        _run_all(members, stream, setup, budget(setup.device, memory), wishes)
+    except BaseException:
+        for member in members:
+            if member.state.step == 0:
+                member.scales.undo()
+        raise
+    return {member.index: _result(member, setup) for member in members}
+
+
+def _run_all(
+    members: Sequence[Member],
+    stream: Iterator[Tensor],
+    setup: Setup,
+    room: float,
+    wishes: Sequence[Wish],
+) -> None:
+    """Fit all members, in as many runs as the memory asks for."""
     runs = _plan(members, setup, room)
     check_passes(setup.data, len(runs))
     bar = progress_bar(setup.n_steps * len(runs), 0, f"{len(members)} dictionaries", setup.progress)
@@ -82,7 +99,6 @@ def fit_stacked(wishes: Sequence[Wish], setup: Setup, memory: float | None) -> d
             if parts is not runs[0]:
                 stream = _open(setup, wishes)[1]
             _run_together(parts, stream, bar, setup, room)
-    return {member.index: _result(member, setup) for member in members}
 
 
 def check_passes(data: ActivationData, n_passes: int) -> None:
@@ -109,13 +125,14 @@ def _open(setup: Setup, wishes: Sequence[Wish]) -> tuple[Tensor, Iterator[Tensor
 def _member(wish: Wish, setup: Setup, first: Tensor) -> Member:
     """Prepare a model exactly as `fit` does."""
     model = wish.model.to(setup.device)
+    scales = FirstScales(model)
     model.initialize_(first)
     model.n_tokens = setup.n_tokens or size_of(setup.data) or setup.n_steps * setup.batch_size
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, setup.data, setup.n_steps, setup.device, setup.seed)
     schedule = wish.schedule or Schedule(**model.schedule_defaults)
     rate = model.default_learning_rate if wish.learning_rate is None else wish.learning_rate
-    return Member(wish.index, state, schedule, rate, wish.callbacks)
+    return Member(wish.index, state, schedule, rate, wish.callbacks, scales)
 
 
 def _plan(members: Sequence[Member], setup: Setup, room: float) -> list[list[_Part]]:
