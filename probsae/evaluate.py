@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from probsae.activations.source import (
@@ -89,9 +90,10 @@ def _held_out(
             )
         return x, features, z
     if isinstance(data, SyntheticActivations):
-        source = data if truth is None else truth
-        x, z = source.to("cpu").sample(n_tokens, seed=seed)
-        return x, source.features.cpu(), z
+        x, z = data.to("cpu").sample(n_tokens, seed=seed)
+        features = (data if truth is None else truth).features.cpu()
+        is_own = torch.equal(features, data.features.cpu())
+        return x, features, z if is_own else None
     x = take(data, n_tokens, seed=seed, device="cpu")
     return x, None if truth is None else truth.features.cpu(), None
 

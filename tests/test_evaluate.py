@@ -73,6 +73,17 @@ def test_truth_as_tensors_gives_the_same(data):
     assert arrays.rows == b.rows
 
 
+def test_a_source_beside_another_says_nothing_of_its_tokens(data):
+    other = ps.SyntheticActivations(d_in=12, n_features=5, n_active=1, seed=7)
+    oracle = {"all": Oracle(data.features)}
+    row, own = (ps.evaluate(oracle, data, truth=t, n_tokens=500).rows[0] for t in (other, None))
+    assert (row.fvu, row.l0) == (own.fvu, own.l0)
+    assert row.f1 is None
+    assert row.mmcs == pytest.approx(ps.metrics.mmcs(data.features, other.features))
+    same = ps.evaluate(oracle, data, truth=data, n_tokens=500).rows[0]
+    assert same == own
+
+
 def test_a_source_beside_activations_says_nothing_of_their_supports(data):
     x, _ = data.sample(500, seed=3)
     row = ps.evaluate({"all": Oracle(data.features)}, 2 * x, truth=data).rows[0]
