@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -131,7 +132,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseDictiona
     try:
         config = json.loads((path / "config.json").read_text())
         tensors = load_file(path / "model.safetensors")
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:  # no JSON, or no text at all
         raise ValueError(f"{path} does not hold a readable dictionary: {error!r}") from error
     return rebuild(config, tensors, path, device)
 
@@ -144,15 +145,21 @@ def rebuild(
 
     try:
         model_class = getattr(models, config["class"], None)
-        hyperparameters = config["hyperparameters"]
-    except KeyError as error:
+        hyperparameters, n_tokens = config["hyperparameters"], config.get("n_tokens")
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{origin} does not hold a readable dictionary: {error!r}") from error
-    if not (isinstance(model_class, type) and issubclass(model_class, SparseDictionary)):
+    is_ours = isinstance(model_class, type) and issubclass(model_class, SparseDictionary)
+    if not is_ours or inspect.isabstract(model_class):
         raise ValueError(f"{origin} was saved as {config['class']!r}, which probsae does not have")
-    model = model_class(**hyperparameters).to(device)
+    if not (n_tokens is None or isinstance(n_tokens, int)):
+        raise ValueError(f"n_tokens in {origin} must be a whole number or null, got {n_tokens!r}")
+    try:
+        model = model_class(**hyperparameters).to(device)
+    except TypeError as error:
+        raise ValueError(f"{origin} describes a dictionary that cannot be: {error}") from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"the tensors in {origin} do not fit its description: {error}") from error
-    model.n_tokens = config.get("n_tokens")
+    model.n_tokens = n_tokens
     return model.eval()
