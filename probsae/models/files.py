@@ -138,7 +138,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseDictiona
 
 
 def rebuild(
-    config: dict[str, Any], tensors: dict[str, Tensor], origin: Path, device: str | torch.device
+    config: Any, tensors: dict[str, Tensor], origin: Path, device: str | torch.device
 ) -> SparseDictionary:
     """Return the model that `describe` described, with its tensors; `origin` is for errors."""
     import probsae.models as models  # the package imports this module first
@@ -148,13 +148,14 @@ def rebuild(
         hyperparameters, n_tokens = config["hyperparameters"], config.get("n_tokens")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{origin} does not hold a readable dictionary: {error!r}") from error
-    is_ours = isinstance(model_class, type) and issubclass(model_class, SparseDictionary)
-    if not is_ours or inspect.isabstract(model_class):
+    if not (isinstance(model_class, type) and issubclass(model_class, SparseDictionary)) or (
+        inspect.isabstract(model_class)
+    ):
         raise ValueError(f"{origin} was saved as {config['class']!r}, which probsae does not have")
     if not (n_tokens is None or isinstance(n_tokens, int)):
         raise ValueError(f"n_tokens in {origin} must be a whole number or null, got {n_tokens!r}")
     try:
-        model = model_class(**hyperparameters).to(device)
+        model = model_class(**hyperparameters).to(device, _dtype_of(tensors))
     except TypeError as error:
         raise ValueError(f"{origin} describes a dictionary that cannot be: {error}") from error
     try:
@@ -163,3 +164,9 @@ def rebuild(
         raise ValueError(f"the tensors in {origin} do not fit its description: {error}") from error
     model.n_tokens = n_tokens
     return model.eval()
+
+
+def _dtype_of(tensors: dict[str, Tensor]) -> torch.dtype:
+    """Return the precision that a dictionary was saved in."""
+    b_dec = tensors.get("b_dec")
+    return b_dec.dtype if b_dec is not None and b_dec.is_floating_point() else torch.float32

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import probsae as ps
 
@@ -37,3 +38,15 @@ def test_a_config_that_describes_no_dictionary_is_refused(content, words, tmp_pa
     with pytest.raises(ValueError, match=words) as error:
         ps.load(tmp_path / "sae")
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_dictionary_comes_back_in_its_own_precision(dtype, tmp_path):
+    model = ps.SpikeSlabDictionary(8, 16).double()
+    model.initialize_(torch.randn(100, 8))
+    model = model.to(dtype)
+    ps.save(model, tmp_path / "model")
+    loaded = ps.load(tmp_path / "model")
+    for name, value in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == value.dtype
+        assert torch.equal(loaded.state_dict()[name], value)
