@@ -64,8 +64,9 @@ def load_dictionary_learning(path: str | Path, *, device: str = "cpu") -> Determ
     """
     path = Path(path)
     config = read_config(path, _CONFIG, ("trainer",))
-    name = config["trainer"].get("dict_class")
-    if name not in _CLASSES:
+    trainer = config["trainer"]
+    name = trainer.get("dict_class") if isinstance(trainer, dict) else trainer
+    if not isinstance(name, str) or name not in _CLASSES:
         known = ", ".join(_CLASSES)
         raise ValueError(f"{path} holds a {name!r}, which cannot be read; these can: {known}")
     if not (path / _WEIGHTS).exists():
@@ -74,6 +75,10 @@ def load_dictionary_learning(path: str | Path, *, device: str = "cpu") -> Determ
         tensors = torch.load(path / _WEIGHTS, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path / _WEIGHTS} is damaged, or no state dict: {error}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
+        raise ValueError(f"{path / _WEIGHTS} is no state dict: it must hold tensors by name")
     weights, options = _read(name, tensors, path / _WEIGHTS)
     model, per_code = as_own(_CLASSES[name], weights, options, device)
     with torch.no_grad():

@@ -64,11 +64,12 @@ def load_sae_lens(
     """
     path = Path(path)
     config = read_config(path, _CONFIG, ("architecture", "d_in", "d_sae"))
-    own = config.get("metadata", {}).get("probsae")
+    metadata = config.get("metadata")
+    own = metadata.get("probsae") if isinstance(metadata, dict) else None
     if own and not point and (path / _POSTERIOR).exists():
         return rebuild(own, read_tensors(path / _POSTERIOR), path, device)
     architecture = config["architecture"]
-    if architecture not in _CLASSES:
+    if not isinstance(architecture, str) or architecture not in _CLASSES:
         known = ", ".join(_CLASSES)
         raise ValueError(f"architecture {architecture!r} cannot be read; these can: {known}")
     normalization = config.get("normalize_activations", "none")

@@ -79,6 +79,8 @@ def read_config(path: Path, name: str, needed: tuple[str, ...]) -> dict[str, Any
         config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object, but a {type(config).__name__}")
     missing = [key for key in needed if key not in config]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}")

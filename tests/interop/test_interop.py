@@ -208,6 +208,13 @@ def test_clear_errors(tmp_path, x):
     save_file(tensors | {"b_enc": torch.full((6,), torch.nan)}, weights)
     with pytest.raises(ValueError, match="NaN"):
         interop.load_sae_lens(path)
+    for changes in ({"architecture": ["standard"]}, {"metadata": [1], "architecture": "gate"}):
+        with pytest.raises(ValueError, match="cannot be"):
+            interop.load_sae_lens(broken(tmp_path, "odd", **changes))
+    (path / "cfg.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no JSON object, but a list"):
+        interop.load_sae_lens(path)
+    path = broken(tmp_path)
     weights.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="damaged"):
         interop.load_sae_lens(path)
@@ -251,6 +258,14 @@ def test_dictionary_learnings_pickles_run_no_code(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
     with pytest.raises(ValueError, match="damaged, or no state dict"):
         interop.load_dictionary_learning(tmp_path)
+    for content in ([torch.ones(2)], torch.ones(2), {"bias": "text"}, {3: torch.ones(2)}):
+        torch.save(content, tmp_path / "ae.pt")
+        with pytest.raises(ValueError, match="is no state dict"):
+            interop.load_dictionary_learning(tmp_path)
+    for trainer in ([1], {"dict_class": ["AutoEncoder"]}):
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+        with pytest.raises(ValueError, match="which cannot be read"):
+            interop.load_dictionary_learning(tmp_path)
     assert "must not run" not in capsys.readouterr().out
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "IdentityDict"}}))
     with pytest.raises(ValueError, match="'IdentityDict', which cannot be read"):
