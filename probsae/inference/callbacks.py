@@ -25,6 +25,7 @@ from probsae.models.files import (
 
 CHECKPOINT_FILES = (*DICTIONARY_FILES, "optimizer.safetensors", "fit.json")
 """Names of a checkpoint's files."""
+_KEPT = "kept."
 
 
 @dataclass
@@ -53,6 +54,8 @@ class FitState:
     leave it alone where this is 1."""
     settings: dict[str, float | int] = field(default_factory=dict)
     """What else a fit depends on beside model and data: a resumed one must have the same."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """What callbacks count on the way, by name; a checkpoint holds it for the fit that goes on."""
     history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
 
@@ -84,6 +87,8 @@ class Callback:
 
 class Checkpoint(Callback):
     """Write model and optimiser every so many steps; `fit(..., resume=path)` goes on from there.
+
+    It belongs behind callbacks that change the model: what they do in its step is then in it.
 
     Parameters
     ----------
@@ -121,6 +126,7 @@ def save_checkpoint(path: Path, state: FitState) -> None:
         for index, moments in optimizer.items()
         for name, value in moments.items()
     }
+    tensors |= {f"{_KEPT}{name}": value.cpu() for name, value in state.kept.items()}
     tensors["rng"] = torch.get_rng_state()
     if state.device.type == "cuda":
         tensors["cuda_rng"] = torch.cuda.get_rng_state(state.device)
@@ -194,6 +200,9 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
         torch.cuda.set_rng_state(cuda_rng, state.device)
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
+        if key.startswith(_KEPT):
+            state.kept[key.removeprefix(_KEPT)] = value.to(state.device)
+            continue
         index, name = key.split(".")
         moments.setdefault(int(index), {})[name] = value
     groups = state.optimizer.state_dict()["param_groups"]

@@ -16,6 +16,8 @@ from probsae.models.sae.base import DeterministicSAE
 # An encoder column starts at this share of the alive ones' mean norm: small enough that a revived
 # feature does not dominate at once (Bricken et al., 2023).
 _ENCODER_SHARE = 0.2
+# What a checkpoint keeps: counted anew, features would seem alive for `dead_after` steps.
+_LAST_FIRED = "resample.last_fired"
 
 
 class ResampleDeadFeatures(Callback):
@@ -67,12 +69,14 @@ class ResampleDeadFeatures(Callback):
                 "resampling looks at a random subset of the data, and an iterator's tokens can be "
                 "had only once; pass a tensor, a store or a synthetic source"
             )
-        self.last_fired = torch.full((state.model.d_sae,), state.step, device=state.device)
+        never = torch.full((state.model.d_sae,), state.step, device=state.device)
+        self.last_fired = state.kept.get(_LAST_FIRED, never)
 
     def on_step(self, state: FitState) -> None:
         assert state.objective is not None
         fired = state.objective.firing_rate > 0
         self.last_fired = torch.where(fired, state.step, self.last_fired)
+        state.kept[_LAST_FIRED] = self.last_fired
         if state.step in self.steps and not state.has_failed():
             is_dead = state.step - self.last_fired >= self.dead_after
             self._resample(state, is_dead.nonzero().flatten())

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 import probsae as ps
 from probsae.activations import take
-from probsae.inference import Callback, ResampleDeadFeatures
+from probsae.inference import Callback, Checkpoint, ResampleDeadFeatures
+from tests.killed import KilledAfter
 
 DEAD = [2, 7]
 
@@ -137,3 +138,26 @@ def test_nothing_unexplained_leaves_dead_features_alone():
     ps.fit(model, x, n_steps=2, batch_size=50, learning_rate=1e-9, callbacks=[resample])
     assert resample.history == [(2, 0)]
     torch.testing.assert_close(model.W_dec.detach(), before)
+
+
+def test_a_resumed_fit_knows_what_was_dead_before(tmp_path):
+    data = ps.SyntheticActivations(d_in=8, n_features=10, n_active=3, noise_scale=0.1, seed=0)
+    options = {"n_steps": 12, "batch_size": 64, "device": "cpu"}
+    ends = []
+    for is_killed in (False, True):
+        torch.manual_seed(0)
+        model = ps.ReLUSAE(d_in=8, d_sae=12)
+        model.initialize_(data.sample(500, seed=0)[0])
+        with torch.no_grad():
+            model.b_enc[DEAD] = -100.0
+        resample = ResampleDeadFeatures([10], dead_after=8, n_tokens=512)
+        if is_killed:
+            callbacks = [resample, Checkpoint(tmp_path / "c", every=5), KilledAfter(6)]
+            with pytest.raises(KeyboardInterrupt):
+                ps.fit(model, data, callbacks=callbacks, **options)
+            resample = ResampleDeadFeatures([10], dead_after=8, n_tokens=512)
+        resume = tmp_path / "c" if is_killed else None
+        ps.fit(model, data, callbacks=[resample], resume=resume, **options)
+        assert resample.history == [(10, 2)]
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
