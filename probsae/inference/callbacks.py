@@ -25,7 +25,7 @@ from probsae.models.files import (
 
 CHECKPOINT_FILES = (*DICTIONARY_FILES, "optimizer.safetensors", "fit.json")
 """Names of a checkpoint's files."""
-_KEPT = "kept."
+_KEPT, _OBJECTIVE = "kept.", "objective."
 
 
 @dataclass
@@ -47,7 +47,7 @@ class FitState:
     batch: Float[Tensor, "token d_in"] | None = None
     """The step's activations."""
     objective: Objective | None = None
-    """The step's losses, detached tensors on the device: reading one waits for the device."""
+    """The last step's losses, detached tensors on the device: reading one waits for the device."""
     is_bad: Tensor | None = None
     """On the device: 1 from the first step on whose loss or gradient was not finite, else 0. The
     host looks at it every 50 steps on a GPU; a callback that changes the model at each step must
@@ -127,6 +127,9 @@ def save_checkpoint(path: Path, state: FitState) -> None:
         for name, value in moments.items()
     }
     tensors |= {f"{_KEPT}{name}": value.cpu() for name, value in state.kept.items()}
+    if state.objective is not None:  # which way a step is taken depends on the one before
+        shown = state.objective._asdict()
+        tensors |= {f"{_OBJECTIVE}{name}": value.cpu() for name, value in shown.items()}
     tensors["rng"] = torch.get_rng_state()
     if state.device.type == "cuda":
         tensors["cuda_rng"] = torch.cuda.get_rng_state(state.device)
@@ -198,11 +201,11 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
     cuda_rng = tensors.pop("cuda_rng", None)
     if cuda_rng is not None and state.device.type == "cuda":
         torch.cuda.set_rng_state(cuda_rng, state.device)
+    state.kept = _take_out(tensors, _KEPT, state.device)
+    shown = _take_out(tensors, _OBJECTIVE, state.device)
+    state.objective = Objective(**shown) if shown else None
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith(_KEPT):
-            state.kept[key.removeprefix(_KEPT)] = value.to(state.device)
-            continue
         index, name = key.split(".")
         moments.setdefault(int(index), {})[name] = value
     groups = state.optimizer.state_dict()["param_groups"]
@@ -216,3 +219,9 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
                 values[name] = torch.empty_like(parameter).copy_(value)
     state.step, state.n_tokens = saved["step"], saved["n_tokens"]
     state.history = saved["history"]
+
+
+def _take_out(tensors: dict[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    """Take what has this prefix out of `tensors`, and return it under the names without."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name).to(device) for name in names}

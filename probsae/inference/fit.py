@@ -240,7 +240,8 @@ class _SingleFit(Fits):
 
     def advance(self, x: Tensor) -> None:
         self.state.batch = x
-        self.state.objective = self.take_gradient(self.state.model, x, self.kl_weight)
+        state = self.state
+        state.objective = self.take_gradient(state.model, x, self.kl_weight, state.objective)
         self.state.n_tokens += len(x)
         self.guard.watch()
         self.state.optimizer.step()

@@ -33,8 +33,9 @@ _MIN_PIECE_TOKENS = 256
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
-Step = Callable[[SparseDictionary, Tensor, Tensor], Objective]
-"""(model, x, kl_weight) -> what the step showed, detached; gradients are added to the model's."""
+Step = Callable[[SparseDictionary, Tensor, Tensor, Objective | None], Objective]
+"""(model, x, kl_weight, before) -> what the step showed, detached; gradients are added to the
+model's. `before` is what the step before showed, where there was one."""
 
 LossFunction = Callable[[SparseDictionary, Tensor, Tensor], Objective]
 """(model, x, kl_weight) -> loss and what to show, the loss with gradient; x a whole batch."""
@@ -53,25 +54,23 @@ def training_step(
     Steps whose codes are few are taken through those, and not compiled.
     """
     if loss_function is not None:
-        return lambda *inputs: _differentiate(loss_function, *inputs)
+        return lambda *inputs: _differentiate(loss_function, *inputs[:3])
     if elbo is None and not model.has_linear_decoder:
         elbo = TraceMeanField_ELBO()
     if elbo is not None:
         sampled = pyro_objective(elbo)
-        return lambda *inputs: _differentiate(sampled, *inputs)
+        return lambda *inputs: _differentiate(sampled, *inputs[:3])
     if compile is None:
         compile = pays_to_compile([model], batch_size, n_steps)
     function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
     n_tokens = piece_tokens(model, batch_size)
-    before: Objective | None = None
 
-    def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
-        nonlocal before
+    def step(
+        model: SparseDictionary, x: Tensor, kl_weight: Tensor, before: Objective | None
+    ) -> Objective:
         if keeps_few(model, x, before, compile):
-            before = kept_step(model, x, kl_weight, n_tokens)
-        else:
-            before = _differentiate(function, model, x, kl_weight, n_tokens)
-        return before
+            return kept_step(model, x, kl_weight, n_tokens)
+        return _differentiate(function, model, x, kl_weight, n_tokens)
 
     return step
 

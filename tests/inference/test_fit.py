@@ -509,6 +509,27 @@ def test_a_killed_fit_resumes_to_the_same_model(source, tmp_path):
     torch.testing.assert_close(resumed.W_dec, whole.W_dec, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_killed", [16, 19])
+def test_a_resumed_fit_takes_its_steps_the_same_way(source, tmp_path, n_killed):
+    """Codes near the share up to which a step goes through the kept ones: it changes its way."""
+    ends = []
+    for is_killed in (False, True):
+        torch.manual_seed(0)
+        model = ps.ReLUSAE(8, 64, l1_coefficient=0.05)
+        model.initialize_(source.sample(500, seed=0)[0])
+        with torch.no_grad():
+            model.b_enc.fill_(-0.1)
+        options = OPTIONS | {"batch_size": 64, "learning_rate": 1e-3}
+        if is_killed:
+            callbacks = [Checkpoint(tmp_path / "c", every=n_killed), KilledAfter(n_killed)]
+            with pytest.raises(KeyboardInterrupt):
+                ps.fit(model, source, callbacks=callbacks, **options)
+        resume = tmp_path / "c" if is_killed else None
+        ps.fit(model, source, resume=resume, **options)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
 def test_a_resumed_fit_knows_how_many_tokens_it_had(source, tmp_path):
     sizes = [20, 32, 7, 32, 5, 32, 32, 11]  # an iterator's batches are its own
     batches = [source.sample(n)[0] for n in sizes]
