@@ -242,3 +242,16 @@ def test_implicit_gradient_of_truncated_draws():
     (sampled,) = torch.autograd.grad(draws.mean(), loc)
     (exact,) = torch.autograd.grad(TruncatedNormal(loc, scale).mean, loc)
     assert float(sampled) == pytest.approx(float(exact), abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("slab", [TruncatedNormal, Normal])
+def test_odds_beyond_half_precision_leave_a_proper_law(slab, dtype):
+    row = torch.ones(1, dtype=dtype)
+    prior = SpikeSlab(-3 * row, slab(0.5 * row, 0.4 * row, validate_args=False))
+    evidence = torch.tensor([[-1.0], [0.2], [0.6], [1.2], [2.0]], dtype=dtype)
+    q = TiltedSpikeSlab(prior, evidence, 100 * row)
+    assert float(q.p_active[-1]) == 1
+    torch.testing.assert_close(q.mean[-1].float(), torch.tensor([1.91]), rtol=0.02, atol=0)
+    for value in (q.p_active, q.mean, q.variance, q.divergence):
+        assert bool(value.isfinite().all())

@@ -196,9 +196,10 @@ class _Moments(torch.autograd.Function):
         if lowest > -math.inf:
             evidence = torch.maximum(evidence, (lowest - shift) / gain)
         ratio = gain * evidence + shift
-        # Odds of being active; past exp(60) their logarithm goes on alone. log_odds holds minus
-        # half the squared ratio of the prior's slab, as large as `level`: only the sum is bounded.
-        level = 0.5 * ratio.square()
+        # Odds of being active; past exp(60), or what half precision holds, their logarithm goes on
+        # alone. log_odds holds minus half the squared ratio of the prior's slab, as large as
+        # `level`: only the sum is bounded.
+        level, most = 0.5 * ratio.square(), min(60.0, math.log(torch.finfo(ratio.dtype).max) - 2)
         if is_half_line:
             density = torch.exp(-level)
             below = mills_ratio(ratio.abs()) / _SQRT_2PI
@@ -208,12 +209,12 @@ class _Moments(torch.autograd.Function):
             )  # Phi(a), over exp(-a^2/2) below 0
             hazard = weight / (_SQRT_2PI * mass)
             total = log_odds + torch.where(ratio >= 0, level, 0.0)
-            kept = total.clamp(max=60)
+            kept = total.clamp(max=most)
             odds, excess = torch.exp(kept) * mass, total - kept
             first = ratio + hazard
             spread = (1 - hazard * first).clamp(min=0)
         else:
-            kept = (log_odds + level).clamp(max=60)
+            kept = (log_odds + level).clamp(max=most)
             odds, excess = torch.exp(kept), log_odds + level - kept
             hazard, first, spread = evidence.new_zeros(()), ratio, 1.0
         p_active = odds / (1 + odds)
