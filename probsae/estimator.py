@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probsae.inference.fit import fit
@@ -33,8 +35,8 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         The model's default where None.
     model_options : dict, optional
         Further arguments of the model, for instance `{"k": 8}`.
-    random_state : int, default 0
-        Seed of the initial directions and of the batches' order.
+    random_state : int, RandomState or None, default 0
+        Seed of the initial directions and of the batches' order; None is another one each time.
 
     Attributes
     ----------
@@ -83,7 +85,8 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         """
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         x = torch.from_numpy(np.array(X, dtype=np.float32))
-        with seeded(self.random_state):
+        seed = _seed_of(self.random_state)
+        with seeded(seed):
             model = self.model(
                 d_in=x.shape[1], d_sae=self.n_components, **(self.model_options or {})
             )
@@ -93,7 +96,7 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
             n_steps=self.n_steps,
             batch_size=min(self.batch_size, len(x)),
             learning_rate=self.learning_rate,
-            seed=self.random_state,
+            seed=seed,
         )
         # In float64 a token's codes do not depend on which other tokens are in its batch.
         self.dictionary_: SparseDictionary = model.cpu().double()
@@ -145,3 +148,10 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return torch.from_numpy(np.array(X, dtype=np.float64)), X.dtype
+
+
+def _seed_of(random_state: Any) -> int:
+    """Return an integer as it is; of anything else that scikit-learn takes, a seed drawn by it."""
+    if isinstance(random_state, Integral):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))

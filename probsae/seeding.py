@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
     Afterwards both are where they were; other devices' are not touched at all, which
     `torch.manual_seed` would seed too.
     """
-    device = torch.device(device)
+    seed, device = operator.index(seed), torch.device(device)  # numpy's integers too
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(seed)

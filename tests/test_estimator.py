@@ -76,3 +76,15 @@ def test_works_in_a_pipeline():
 def test_not_finite_is_refused():
     with pytest.raises(ValueError, match="NaN"):
         ps.DictionaryEstimator().fit([[1.0, float("nan")], [0.0, 1.0]])
+
+
+def test_every_random_state_of_scikit_learn_is_one():
+    X = np.random.default_rng(0).normal(size=(60, 5))
+    states = [3, np.int64(3), np.random.RandomState(3), np.random.RandomState(3), None]
+    found = [
+        ps.DictionaryEstimator(n_components=4, n_steps=3, random_state=state).fit(X).components_
+        for state in states
+    ]
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[2], found[3])
+    assert not np.array_equal(found[0], found[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -190,7 +191,7 @@ def _shuffled(
     x: Tensor, batch_size: int, seed: int, device: torch.device | str | None
 ) -> Iterator[Tensor]:
     """Whole passes in a fresh order each; the rest of a pass is joined to the next one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(operator.index(seed))
     order = torch.empty(0, dtype=torch.long, device=x.device)
     while True:
         while len(order) < batch_size:

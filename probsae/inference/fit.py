@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -160,6 +161,8 @@ def fit(
     """
     _check_types(model, callbacks, elbo)
     check_counts(n_steps, batch_size)
+    # Numpy's integers are whole numbers, but neither torch's generators nor JSON take them.
+    n_steps, batch_size, seed = map(operator.index, (n_steps, batch_size, seed))
     if elbo is not None and objective is not None:
         raise ValueError("pass either elbo or objective, not both: each is the whole loss")
     device = choose_device(device)

@@ -305,6 +305,17 @@ def test_gradients_that_were_there_before_are_no_part_of_a_fit(source):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.usefixtures("unchecked_types")
+def test_numpys_integers_are_whole_numbers(source, tmp_path):
+    x, _ = source.sample(100)
+    models = small_model(), small_model()
+    options = OPTIONS | {"seed": 3}
+    ps.fit(models[0], x, **options)
+    options |= {name: np.int64(options[name]) for name in ("n_steps", "batch_size", "seed")}
+    ps.fit(models[1], x, **options, callbacks=[Checkpoint(tmp_path / "c", every=10)])
+    assert torch.equal(models[0].W_dec, models[1].W_dec)
+
+
 def test_a_pyro_elbo_takes_a_kl_weight_of_0(source):
     schedule = Schedule(kl_start=0.0)
     models = [small_model() for _ in range(2)]
