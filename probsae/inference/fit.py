@@ -159,7 +159,7 @@ def fit(
     >>> result.n_tokens
     1280
     """
-    _check_types(model, callbacks, elbo)
+    check_types(model, callbacks, elbo)
     check_counts(n_steps, batch_size)
     # Numpy's integers are whole numbers, but neither torch's generators nor JSON take them.
     n_steps, batch_size, seed = map(operator.index, (n_steps, batch_size, seed))
@@ -290,7 +290,7 @@ def warn_of_binding_floor(model: SparseDictionary) -> None:
         )
 
 
-def _check_types(model: object, callbacks: object, elbo: object) -> None:
+def check_types(model: object, callbacks: object = (), elbo: object = None) -> None:
     """Say it here where something else was passed than a fit can take."""
     if not isinstance(model, SparseDictionary):
         name = model.__name__ if isinstance(model, type) else type(model).__name__

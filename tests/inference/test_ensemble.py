@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -401,6 +402,25 @@ def test_unusable_settings_are_refused(options, words, source):
     models = [ps.ReLUSAE(8, 12), ps.ReLUSAE(8, 12)]
     with pytest.raises(ValueError, match=words):
         ps.fit_ensemble(models, source, **(OPTIONS | options))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_a_fit_says_of_other_things_an_ensemble_says(source):
+    models = [ps.ReLUSAE(8, 12), ps.ReLUSAE(8, 12)]
+    with pytest.raises(TypeError, match="ReLUSAE, a class: build it first"):
+        ps.fit_ensemble([ps.ReLUSAE], source, **OPTIONS)
+    with pytest.raises(TypeError, match=r"pass one as \[callback\]"):
+        ps.fit_ensemble(models, source, callbacks=[Callback(), Callback()], **OPTIONS)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_rates_may_be_an_array(source):
+    models = build(ps.ReLUSAE, [{}, {}])
+    others = copy.deepcopy(models)
+    ps.fit_ensemble(models, source, learning_rate=np.array([1e-3, 1e-2]), **OPTIONS)
+    ps.fit_ensemble(others, source, learning_rate=[1e-3, 1e-2], **OPTIONS)
+    for model, other in zip(models, others, strict=True):
+        assert torch.equal(model.W_dec, other.W_dec)
 
 
 def test_unusable_models_are_refused(source):

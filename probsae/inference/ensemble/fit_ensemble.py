@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from probsae.activations.resources import choose_device
 from probsae.activations.source import ActivationData
 from probsae.inference.callbacks import Callback
 from probsae.inference.ensemble.fits import warn_of_divergence
 from probsae.inference.ensemble.stacked import Setup, Wish, check_passes, fit_stacked
-from probsae.inference.fit import FitResult, fit
+from probsae.inference.fit import FitResult, check_types, fit
 from probsae.inference.guard import NonFiniteElboError
 from probsae.inference.schedule import Schedule
 from probsae.inference.start import check_counts, check_rate, with_gradients
@@ -108,6 +110,8 @@ def fit_ensemble(
     for rate in rates:
         check_rate(1.0 if rate is None else rate)
     own_callbacks = _each(callbacks or [()] * len(models), models, "callbacks")
+    for model, own in zip(models, own_callbacks, strict=True):
+        check_types(model, own)
     wishes = [
         Wish(i, model, schedules[i], rates[i], list(own_callbacks[i]))
         for i, model in enumerate(models)
@@ -126,6 +130,8 @@ def _check_models(models: Sequence[SparseDictionary]) -> None:
         raise ValueError("models must hold at least one dictionary, got none")
     if len({id(model) for model in models}) < len(models):
         raise ValueError("models must be distinct objects, and one came twice; build each anew")
+    for model in models:
+        check_types(model)
     widths = sorted({model.d_in for model in models})
     if len(widths) > 1:
         raise ValueError(f"models must have one d_in, got {widths}; fit them apart")
@@ -133,6 +139,8 @@ def _check_models(models: Sequence[SparseDictionary]) -> None:
 
 def _each(value: Any, models: Sequence[SparseDictionary], name: str) -> list[Any]:
     """Return one entry a model of what is either one for all or a sequence."""
+    if isinstance(value, Tensor | np.ndarray):
+        value = value.tolist()
     if not isinstance(value, Sequence):
         return [value] * len(models)
     if len(value) != len(models):
