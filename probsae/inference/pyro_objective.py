@@ -24,7 +24,9 @@ def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
 
     def step(model: SparseDictionary, x: Tensor, kl_weight: Tensor) -> Objective:
         nonlocal is_first
-        with nullcontext() if is_first else pyro.validation_enabled(False):
+        validation = nullcontext() if is_first else pyro.validation_enabled(False)
+        # In a store of its own: Pyro's global one would hold the parameters for good.
+        with validation, pyro.get_param_store().scope():
             loss = elbo.differentiable_loss(  # pyright: ignore[reportAttributeAccessIssue]
                 model.model, model.guide, x, kl_weight
             ) / len(x)

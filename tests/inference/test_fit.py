@@ -316,6 +316,16 @@ def test_numpys_integers_are_whole_numbers(source, tmp_path):
     assert torch.equal(models[0].W_dec, models[1].W_dec)
 
 
+def test_a_pyro_elbo_leaves_nothing_in_pyros_store(source):
+    pyro.clear_param_store()
+    mine = pyro.param("mine", torch.ones(2))
+    model = ps.SparseVAE(8, 12, decoder_hidden=4)
+    ps.fit(model, source, **OPTIONS)
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    assert pyro.param("mine") is mine
+    pyro.clear_param_store()
+
+
 def test_a_pyro_elbo_takes_a_kl_weight_of_0(source):
     schedule = Schedule(kl_start=0.0)
     models = [small_model() for _ in range(2)]
