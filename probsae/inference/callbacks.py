@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,15 @@ class Callback:
 
     def on_failure(self, state: FitState) -> None:
         """Run when the fit ends by an error or is interrupted, before the error goes on."""
+
+
+def tell_of_failure(listeners: Iterable[tuple[Callback, FitState]]) -> None:
+    """Run `on_failure` of every callback, also after one that raises itself."""
+    for callback, state in (rest := iter(listeners)):
+        try:
+            callback.on_failure(state)
+        finally:
+            tell_of_failure(rest)
 
 
 class Checkpoint(Callback):

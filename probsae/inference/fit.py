@@ -15,7 +15,13 @@ from tqdm.auto import tqdm
 
 from probsae.activations.resources import choose_device
 from probsae.activations.source import ActivationData, size_of
-from probsae.inference.callbacks import Callback, FitState, load_checkpoint, steps_done
+from probsae.inference.callbacks import (
+    Callback,
+    FitState,
+    load_checkpoint,
+    steps_done,
+    tell_of_failure,
+)
 from probsae.inference.guard import FiniteGuard, NonFiniteElboError
 from probsae.inference.loop import Fits, progress_bar, run
 from probsae.inference.schedule import Schedule
@@ -194,10 +200,9 @@ def fit(
             with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
                 run(single, stream, bar)
         except BaseException:
-            for callback in single.callbacks:
-                callback.on_failure(state)
             if state.step == 0:
                 scales.undo()
+            tell_of_failure((callback, state) for callback in single.callbacks)
             raise
         finally:
             model.noise_factor.fill_(1.0)

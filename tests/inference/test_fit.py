@@ -274,6 +274,30 @@ def test_a_fit_that_never_began_leaves_the_scales_to_the_next(source):
     assert all(torch.equal(a, other.state_dict()[n]) for n, a in model.state_dict().items())
 
 
+def test_every_callback_hears_of_a_failure(source):
+    heard = []
+
+    class Notes(Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_failure(self, state):
+            heard.append(self.name)
+            if self.name == "a":
+                raise ValueError("in on_failure")
+
+    callbacks = [Notes("a"), KilledAfter(1), Notes("b")]
+    for fit in (
+        lambda: ps.fit(small_model(), source, callbacks=callbacks, **OPTIONS),
+        lambda: ps.fit_ensemble([small_model()], source, callbacks=[callbacks], **OPTIONS),
+    ):
+        with pytest.raises(ValueError, match="in on_failure") as error:
+            fit()
+        assert isinstance(error.value.__context__, KeyboardInterrupt)
+        assert heard == ["a", "b"]
+        heard.clear()
+
+
 def test_a_loaded_checkpoint_resumes_as_a_fresh_model_does(source, tmp_path):
     ends = []
     for load in (False, True):

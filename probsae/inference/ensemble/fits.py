@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probsae.activations.source import are_finite
+from probsae.inference.callbacks import tell_of_failure
 from probsae.inference.ensemble.group import Group
 from probsae.inference.ensemble.member import Member
 from probsae.inference.fit import SHOWN
@@ -73,8 +74,7 @@ class EnsembleFits(Fits):
     def _stop(self, group: Group, i: int, member: Member) -> None:
         step = int(group.guard.bad_step[i])
         member.stop(step - 1, explain(step, CAUSES[int(group.guard.cause[i])]))
-        for callback in member.callbacks:
-            callback.on_failure(member.state)
+        tell_of_failure((callback, member.state) for callback in member.callbacks)
         warn_of_divergence(member.index, member.state.model, member.failure or "")
 
     def settle(self) -> None:
@@ -107,9 +107,11 @@ class EnsembleFits(Fits):
 
     def fail(self) -> None:
         """Tell the callbacks that an error or an interrupt ends the fits."""
-        for _, _, member in self._running():
-            for callback in member.callbacks:
-                callback.on_failure(member.state)
+        tell_of_failure(
+            (callback, member.state)
+            for _, _, member in self._running()
+            for callback in member.callbacks
+        )
 
     def end(self) -> None:
         for _, _, member in self._running():
