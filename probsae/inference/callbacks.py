@@ -87,11 +87,15 @@ class Callback:
 
 def tell_of_failure(listeners: Iterable[tuple[Callback, FitState]]) -> None:
     """Run `on_failure` of every callback, also after one that raises itself."""
-    for callback, state in (rest := iter(listeners)):
+    error = None
+    for callback, state in listeners:
         try:
             callback.on_failure(state)
-        finally:
-            tell_of_failure(rest)
+        except BaseException as raised:
+            raised.__context__ = error or raised.__context__
+            error = raised
+    if error is not None:
+        raise error
 
 
 class Checkpoint(Callback):

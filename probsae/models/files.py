@@ -42,8 +42,10 @@ def check_replaceable(path: str | Path, names: Collection[str]) -> None:
 def atomic_write(path: str | Path, names: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a new folder that takes the place of `path` when the block ends well.
 
-    After an error, or a kill at any point, `path` is what it was before. An existing folder is
-    replaced only if it holds nothing but `names`; None is for folders nobody else writes to.
+    After an error, or a kill before the block ends, `path` is what it was before; a kill between
+    the two renames that replace it leaves the old folder in a hidden one beside it. An existing
+    folder is replaced only if it holds nothing but `names`; None is for folders nobody else writes
+    to.
     """
     path = Path(path)
     if names is not None:
