@@ -18,6 +18,9 @@ from probsae.lm.contexts import read_contexts, tokens_of, with_tokens
 Features: TypeAlias = int | Sequence[int]
 Values: TypeAlias = float | Sequence[float] | Float[Tensor, " feature"]
 
+# What a network is handed that goes on from earlier positions: attention's, Mamba's, RWKV's.
+_CACHES = ("past_key_values", "cache_params", "state")
+
 
 def ablate(
     model: LanguageModel,
@@ -166,8 +169,7 @@ class _WatchedStart:
         self.is_first = True
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        self.is_first = cache is None or cache.get_seq_length() == 0
+        self.is_first = not any(_has_begun(kwargs.get(name)) for name in _CACHES)
 
     def __enter__(self) -> _WatchedStart:
         self._handle = self.network.register_forward_pre_hook(self._look, with_kwargs=True)
@@ -175,6 +177,16 @@ class _WatchedStart:
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
+
+
+def _has_begun(cache: Any) -> bool:
+    """Whether a cache holds earlier positions, or what a recurrent network keeps of them."""
+    if cache is None or isinstance(cache, list):
+        return cache is not None  # RWKV's states are not there before its first step
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # a cache without attention in it counts no positions
+        return cache.has_previous_state()
 
 
 def _matched(features: Features, values: Values, d_sae: int) -> tuple[Tensor, Tensor]:

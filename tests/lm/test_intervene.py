@@ -8,7 +8,15 @@ import torch
 import probsae as ps
 from probsae.activations.hooks import find_hook, recorded
 from probsae.lm import ablate, generate, maximum_codes, pin, read_tokens, steer
-from tests.lm.tiny import VOCABULARY, signed_identity, tiny_gpt2, tiny_language_model, tiny_llama
+from tests.lm.tiny import (
+    VOCABULARY,
+    signed_identity,
+    tiny_gpt2,
+    tiny_language_model,
+    tiny_llama,
+    tiny_mamba,
+    tiny_rwkv,
+)
 
 IDS = torch.randint(VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
 HOOK = "model.layers.1"
@@ -113,7 +121,13 @@ def test_maximum_codes():
 
 
 @pytest.mark.parametrize(
-    ("make", "hook"), [(tiny_llama, "model.layers.1"), (tiny_gpt2, "transformer.h.1")]
+    ("make", "hook"),
+    [
+        (tiny_llama, "model.layers.1"),
+        (tiny_gpt2, "transformer.h.1"),
+        (tiny_mamba, "backbone.layers.1"),
+        (tiny_rwkv, "rwkv.blocks.1"),
+    ],
 )
 @pytest.mark.parametrize("keep_first", [True, False])
 def test_generation_with_a_cache_is_that_without(make, hook, keep_first):

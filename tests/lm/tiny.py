@@ -77,6 +77,28 @@ def tiny_gpt2(seed: int = 0) -> LanguageModel:
     return _untrained(GPT2LMHeadModel, config, seed)
 
 
+def tiny_mamba(seed: int = 0) -> LanguageModel:
+    """A real, untrained Mamba 2: a recurrent network, whose cache counts no positions."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, state_size=4, num_heads=4,
+        head_dim=8, n_groups=1, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return _untrained(Mamba2ForCausalLM, config, seed)
+
+
+def tiny_rwkv(seed: int = 0) -> LanguageModel:
+    """A real, untrained RWKV: a recurrent network with a list of states for a cache."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    config = RwkvConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, attention_hidden_size=16,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return _untrained(RwkvForCausalLM, config, seed)
+
+
 def _untrained(network_class: type, config: object, seed: int) -> LanguageModel:
     """Weights large enough that attention and norms matter."""
     with torch.random.fork_rng():
