@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probsae.activations.hooks import HookPoint, capture, find_hook
+from probsae.activations.hooks import HookPoint, by_context, capture, find_hook
 from probsae.activations.language_model import LanguageModel, load_language_model
 from probsae.activations.resources import check_disk
 from probsae.activations.shards import DTYPES, checksum
@@ -197,7 +197,8 @@ def _activations(
 ) -> list[Tensor]:
     """Return what passes each hook, (context, position, width)."""
     ids = ids.to(model.device)
-    return capture(model.network, points, lambda: model.network(input_ids=ids, use_cache=False))
+    seen = capture(model.network, points, lambda: model.network(input_ids=ids, use_cache=False))
+    return [by_context(x, ids.shape) for x in seen]
 
 
 def _widths(model: LanguageModel, points: list[HookPoint], contexts: _Contexts) -> list[int]:

@@ -148,6 +148,33 @@ def capture(
     raise RuntimeError(f"the model's forward does not pass through {', '.join(missed)}")
 
 
+def by_context(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return what passed a hook as (context, position, width), whatever rows the module was given.
+
+    Some modules are called with the tokens of all contexts in one row: OPT's MLP, experts.
+
+    Parameters
+    ----------
+    x : Tensor, shape (context, position, width) or (context * position, width)
+        What passed.
+    shape : (int, int)
+        Number of contexts, and of positions of each.
+
+    Raises
+    ------
+    ValueError
+        If there is not one vector for each token.
+    """
+    if x.ndim == 2 and len(x) == shape[0] * shape[1]:
+        return x.reshape(*shape, -1)
+    if x.ndim != 3 or x.shape[:2] != shape:
+        raise ValueError(
+            f"one vector of each of {shape[0]} x {shape[1]} tokens must pass the hook, got shape "
+            f"{tuple(x.shape)}; hook a module with one output a token, such as a block"
+        )
+    return x
+
+
 @contextmanager
 def edited(hook: HookPoint, edit: Edit) -> Iterator[None]:
     """Replace what passes `hook` by `edit` of it, inside the block."""

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from probsae.activations.hooks import capture, edited, find_hook
+from probsae.activations.hooks import by_context, capture, edited, find_hook
 from probsae.activations.language_model import LanguageModel
 from probsae.progress import shown
 
@@ -32,11 +32,18 @@ def tokens_of(x: Float[Tensor, "context position d_in"], first: int) -> Float[Te
 
 
 def with_tokens(
-    x: Float[Tensor, "context position d_in"], first: int, tokens: Float[Tensor, "token d_in"]
-) -> Float[Tensor, "context position d_in"]:
-    """Put `tokens` where `tokens_of` took them, in the dtype and on the device of `x`."""
-    replaced = tokens.to(x).reshape(x[:, first:].shape)
-    return torch.cat([x[:, :first], replaced], dim=1)
+    x: Float[Tensor, "*rows d_in"],
+    first: int,
+    tokens: Float[Tensor, "token d_in"],
+    shape: tuple[int, ...],
+) -> Float[Tensor, "*rows d_in"]:
+    """Put `tokens` where `tokens_of` took them, in the dtype, shape and on the device of `x`.
+
+    `shape` is (context, position), see `by_context`.
+    """
+    before = by_context(x, shape)
+    replaced = tokens.to(x).reshape(before[:, first:].shape)
+    return torch.cat([before[:, :first], replaced], dim=1).reshape(x.shape)
 
 
 @torch.no_grad()
@@ -68,7 +75,7 @@ def read_contexts(
         def forward(ids: Tensor = ids) -> None:
             model.network(input_ids=ids, use_cache=False)
 
-        yield capture(model.network, [point], forward)[0]
+        yield by_context(capture(model.network, [point], forward)[0], ids.shape)
 
 
 def read_tokens(
@@ -187,5 +194,5 @@ def logits_with(
     tokens: Float[Tensor, "token d_in"],
 ) -> Float[Tensor, "context position vocabulary"]:
     """Logits of the model with `tokens` in place of its activations at the hook."""
-    with edited(contexts.point, lambda x: with_tokens(x, contexts.first, tokens)):
+    with edited(contexts.point, lambda x: with_tokens(x, contexts.first, tokens, token_ids.shape)):
         return contexts.model.logits(token_ids)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsae.activations.hooks import edited, find_hook, recorded
+from probsae.activations.hooks import by_context, edited, find_hook, recorded
 from probsae.activations.language_model import LanguageModel
 from probsae.dictionary import Dictionary
 from probsae.lm.contexts import check_contexts, tokens_of, with_tokens
@@ -58,15 +58,16 @@ def downstream_fvu(
     for ids in shown(token_ids.split(batch_size), "later layers", "batch", progress):
         with recorded([point, *points]) as before:
             model.logits(ids)
-        x = tokens_of(before[hook], first)
+        x = tokens_of(by_context(before[hook], ids.shape), first)
         new = dictionary.decode(dictionary.encode(x).mean)
         with (
-            edited(point, lambda x, new=new: with_tokens(x, first, new)),
+            edited(point, lambda x, new=new, ids=ids: with_tokens(x, first, new, ids.shape)),
             recorded(points) as after,
         ):
             model.logits(ids)
         for name in later:
-            sums[name].append(_moments(before[name], after[name], first))
+            y, changed = (by_context(seen[name], ids.shape) for seen in (before, after))
+            sums[name].append(_moments(y, changed, first))
     return {name: _fvu(torch.stack(parts).sum(0)) for name, parts in sums.items()}
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from probsae.activations.hooks import find_hook, recorded
+from probsae.activations.hooks import by_context, find_hook, recorded
 from probsae.inference.elbo import ElboTerms, Objective, elbo_terms
 from probsae.lm.contexts import ContextActivations, logits_with, tokens_of
 from probsae.models.base import SparseDictionary
@@ -133,7 +133,10 @@ class EndToEnd:
         first = self.contexts.first
         error = self.output_weight * output_kl(logits[:, first:], spliced[:, first:])
         for point in self.later:
-            y, changed = (tokens_of(seen[point.name], first) for seen in (before, after))
+            y, changed = (
+                tokens_of(by_context(seen[point.name], token_ids.shape), first)
+                for seen in (before, after)
+            )
             fvu = (y - changed).square().sum() / (y - y.mean(0)).square().sum()
             error = error + self.later_weight * fvu / len(self.later)
         if not (model.is_deterministic or model.learn_noise):

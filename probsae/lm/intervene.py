@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsae.activations.hooks import edited, find_hook
+from probsae.activations.hooks import by_context, edited, find_hook
 from probsae.activations.language_model import LanguageModel
 from probsae.dictionary import Dictionary
 from probsae.lm.contexts import read_contexts, tokens_of, with_tokens
@@ -149,27 +149,37 @@ def _changed(
     @torch.no_grad()
     def edit(x: Tensor) -> Tensor | None:
         first = int(keep_first and start.is_first)
-        tokens = tokens_of(x, first)
+        tokens = tokens_of(by_context(x, start.shape), first)
         if len(tokens) == 0:
             return None
         z = dictionary.encode(tokens).mean
         changed = change(z, -1, index.to(z.device), new.to(z).expand(len(z), -1))
         shift = dictionary.decode(changed) - dictionary.decode(z)
-        return with_tokens(x, first, tokens + shift.to(tokens))
+        return with_tokens(x, first, tokens + shift.to(tokens), start.shape)
 
     with _WatchedStart(model) as start, edited(point, edit):
         yield
 
 
 class _WatchedStart:
-    """Tells whether the forward pass at work begins a context or goes on from a cache."""
+    """Tells whether the forward pass at work begins contexts or goes on from a cache; its shape.
+
+    Attributes
+    ----------
+    is_first : bool
+        Whether its positions begin contexts.
+    shape : tuple of int
+        (context, position) of its tokens.
+    """
 
     def __init__(self, model: LanguageModel):
         self.network = model.network
-        self.is_first = True
+        self.is_first, self.shape = True, (0, 0)
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.is_first = not any(_has_begun(kwargs.get(name)) for name in _CACHES)
+        inputs = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        self.shape = next(x.shape[:2] for x in inputs if isinstance(x, Tensor))
 
     def __enter__(self) -> _WatchedStart:
         self._handle = self.network.register_forward_pre_hook(self._look, with_kwargs=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsae.activations.hooks import edited, find_hook, recorded
+from probsae.activations.hooks import by_context, edited, find_hook, recorded
 from probsae.activations.language_model import LanguageModel
 from probsae.activations.resources import check_memory
 from probsae.dictionary import Dictionary
@@ -236,7 +236,7 @@ class _Untouched(NamedTuple):
 def _untouched(text: _Text, ids: Int[Tensor, "context position"]) -> _Untouched:
     with recorded([text.point]) as seen:
         original = _log_probabilities(text.model, ids)
-    tokens = tokens_of(seen[text.point.name], text.first)
+    tokens = tokens_of(by_context(seen[text.point.name], ids.shape), text.first)
     untouched = _Untouched(ids, tokens, original, [_cross_entropy(original, ids)])
     for replacement in (torch.zeros_like(tokens), text.mean.to(tokens).expand_as(tokens)):
         changed = _predictions_with(text, untouched, replacement)
@@ -319,7 +319,8 @@ def _predictions_with(
     text: _Text, untouched: _Untouched, replacement: Float[Tensor, "token d_in"]
 ) -> Float[Tensor, "context prediction vocabulary"]:
     """Return the log-probabilities with `replacement` in the activations' place."""
-    with edited(text.point, lambda x: with_tokens(x, text.first, replacement)):
+    shape = untouched.ids.shape
+    with edited(text.point, lambda x: with_tokens(x, text.first, replacement, shape)):
         return _log_probabilities(text.model, untouched.ids)
 
 

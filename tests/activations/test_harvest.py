@@ -12,7 +12,8 @@ import torch
 from probsae.activations import ActivationStore
 from probsae.activations.harvest import harvest
 from probsae.activations.hooks import capture, find_hook
-from tests.lm.tiny import tiny_language_model
+from probsae.lm import read_tokens
+from tests.lm.tiny import tiny_language_model, tiny_opt
 
 HOOKS = ["layers.0", "layers.0.mlp.2:input"]
 
@@ -53,6 +54,19 @@ def test_stores_what_passes_the_hooks(tmp_path, text):
 def _means(model, contexts):
     x = model.network.embed(contexts)
     return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+def test_tokens_that_a_module_is_given_in_one_row_are_told_apart(tmp_path, text):
+    """OPT's MLP; the first position of each context is left out of it as of a block."""
+    model, hooks = tiny_opt(), ["model.decoder.layers.1.fc2:input", "model.decoder.layers.1"]
+    stores = harvest(
+        model, text, hooks, tmp_path / "out", n_tokens=70, context_length=8, batch_size=3,
+        dtype="float32",
+    )  # fmt: skip
+    assert [(s.n_tokens, s.d_in) for s in stores] == [(70, 24), (70, 16)]
+    ids = torch.tensor([int(word) for word in text[0].read_text().split()[:80]]).view(10, 8)
+    for store, hook in zip(stores, hooks, strict=True):
+        torch.testing.assert_close(next(store.sequential(70)), read_tokens(model, hook, ids))
 
 
 def test_forward_stops_at_the_last_hook():

@@ -15,6 +15,7 @@ from tests.lm.tiny import (
     tiny_language_model,
     tiny_llama,
     tiny_mamba,
+    tiny_opt,
     tiny_rwkv,
 )
 
@@ -125,6 +126,7 @@ def test_maximum_codes():
     [
         (tiny_llama, "model.layers.1"),
         (tiny_gpt2, "transformer.h.1"),
+        (tiny_opt, "model.decoder.layers.1.fc2"),
         (tiny_mamba, "backbone.layers.1"),
         (tiny_rwkv, "rwkv.blocks.1"),
     ],

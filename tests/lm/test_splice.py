@@ -12,10 +12,18 @@ from pyro.distributions import Normal
 from scipy import stats
 
 import probsae as ps
+from probsae.activations.hooks import edited, find_hook, recorded
 from probsae.distributions import SpikeSlab
 from probsae.lm import Splicer, SpliceResult, downstream_fvu, read_tokens, splice
 from tests.conftest import FALSE_ALARM_RATE
-from tests.lm.tiny import VOCABULARY, signed_identity, tiny_gpt2, tiny_language_model, tiny_llama
+from tests.lm.tiny import (
+    VOCABULARY,
+    signed_identity,
+    tiny_gpt2,
+    tiny_language_model,
+    tiny_llama,
+    tiny_opt,
+)
 
 IDS = torch.randint(VOCABULARY, (6, 9), generator=torch.Generator().manual_seed(0))
 D_IN = 12
@@ -57,6 +65,31 @@ def test_identity_changes_nothing(replacement, hook):
     assert result.loss_recovered == pytest.approx(1)
     assert result.loss_recovered_from_mean == pytest.approx(1)
     assert result.n_tokens == 6 * 8
+
+
+def test_tokens_that_a_module_is_given_in_one_row_are_told_apart():
+    """OPT's MLP: the contexts' first positions are kept there as everywhere."""
+    model = tiny_opt()
+    hook, block = "model.decoder.layers.2.fc2:input", model.network.model.decoder.layers[2]
+    with recorded([find_hook(model.network, "model.decoder.layers.2.fc1:input")]) as seen:
+        model.logits(IDS)
+    (x,) = seen.values()
+    hidden = block.fc1(x).relu().view(*IDS.shape, -1)
+    torch.testing.assert_close(read_tokens(model, hook, IDS), hidden[:, 1:].flatten(0, 1))
+    result = splice(model, hook, lambda x: torch.zeros_like(x), IDS, batch_size=4)
+    hidden[:, 1:] = 0
+    with edited(find_hook(model.network, hook), lambda x: hidden.view_as(x)):
+        logits = model.logits(IDS)[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.mT, IDS[:, 1:], reduction="none")
+    torch.testing.assert_close(result.token_cross_entropy_zero, expected)
+    torch.testing.assert_close(result.token_cross_entropy_spliced, expected)
+    later = "model.decoder.layers.2.fc2"
+    assert downstream_fvu(model, hook, signed_identity(24), IDS, [later])[later] < 1e-10
+
+
+def test_hooks_that_pass_no_vector_a_token_are_refused():
+    with pytest.raises(ValueError, match="one vector of each of 6 x 9 tokens must pass the hook"):
+        splice(tiny_gpt2(), "transformer.wpe", lambda x: x, IDS)  # one row for all contexts
 
 
 def test_zero_dictionary_is_zero_ablation():

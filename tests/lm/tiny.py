@@ -77,6 +77,18 @@ def tiny_gpt2(seed: int = 0) -> LanguageModel:
     return _untrained(GPT2LMHeadModel, config, seed)
 
 
+def tiny_opt(seed: int = 0) -> LanguageModel:
+    """A real, untrained OPT: its MLP is given the tokens of all contexts in one row."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24,
+        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=32,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return _untrained(OPTForCausalLM, config, seed)
+
+
 def tiny_mamba(seed: int = 0) -> LanguageModel:
     """A real, untrained Mamba 2: a recurrent network, whose cache counts no positions."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
