@@ -41,7 +41,7 @@ class HookPoint:
     def attach(self, edit: Edit) -> RemovableHandle:
         """Call `edit` with the tensor at each forward; what it returns, if not None, replaces it.
 
-        A module that returns a tuple (a block with its cache) has its first element edited.
+        A module that returns a tuple or list (a block with its cache) has its first element edited.
         """
         if self.at_input:
             return self.module.register_forward_pre_hook(
@@ -60,9 +60,13 @@ class HookPoint:
         return self.module.register_forward_hook(hook)
 
 
-def _edit_first(values: tuple[Any, ...], edit: Edit) -> tuple[Any, ...] | None:
+def _edit_first(
+    values: tuple[Any, ...] | list[Any], edit: Edit
+) -> tuple[Any, ...] | list[Any] | None:
     edited = edit(values[0])
-    return None if edited is None else (edited, *values[1:])
+    if edited is None:
+        return None
+    return [edited, *values[1:]] if isinstance(values, list) else (edited, *values[1:])
 
 
 def _edit_input(

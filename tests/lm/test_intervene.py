@@ -7,6 +7,7 @@ import torch
 
 import probsae as ps
 from probsae.activations.hooks import find_hook, recorded
+from probsae.activations.language_model import LanguageModel
 from probsae.lm import ablate, generate, maximum_codes, pin, read_tokens, steer
 from tests.lm.tiny import (
     VOCABULARY,
@@ -94,6 +95,19 @@ def test_interventions_nest_and_end_after_an_error():
     with pytest.raises(KeyboardInterrupt), steer(model, HOOK, dictionary, 2, 5.0):
         raise KeyboardInterrupt
     assert torch.equal(model.logits(IDS), before)
+
+
+def test_a_list_that_a_module_returns_stays_one():
+    """The first GPT's attention: its block joins what comes behind the first element."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    config = OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2)
+    network = OpenAIGPTLMHeadModel(config).eval().requires_grad_(False)
+    model, hook = LanguageModel("gpt", network), "transformer.h.0.attn"
+    x, dictionary = seen_at(model, hook), partial_dictionary()
+    y = seen_at(model, hook, steer(model, hook, dictionary, 3, 2.0))
+    expected = x[:, 1:] + 2 * dictionary.directions[3]
+    torch.testing.assert_close(y[:, 1:], expected.detach(), **TOLERANCE)
 
 
 def test_non_linear_decoder():
