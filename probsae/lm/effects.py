@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from probsae.activations.hooks import find_hook
 from probsae.activations.language_model import LanguageModel
 from probsae.lm.contexts import read_contexts
-from probsae.lm.residual import final_norm, in_residual_stream
+from probsae.lm.direct_path import direct_gain
+from probsae.lm.residual import end_of_stream, final_norm, in_residual_stream, where_added
 
 
 def logit_effects(
@@ -53,17 +54,21 @@ def logit_effects(
     ------
     ValueError
         If the directions do not lie in the residual stream and it is not known how they reach
-        it, or the unembedding is not found.
+        it, they do not reach its end past the later layers (which divide the stream itself in
+        models with norms behind their blocks), or the unembedding is not found.
 
     Notes
     -----
-    The mean over the vocabulary is taken off because no probability depends on it. A cap or
+    With a hook the network runs twice on a few tokens: families multiply embeddings and
+    what parts of blocks add by factors of their own, which are measured (`direct_gain`). The mean
+    over the vocabulary is taken off because no probability depends on it. A cap or
     factor on the logits behind the unembedding is left out. Source: Elhage et al. (2021), "A
     mathematical framework for transformer circuits" (path expansion).
     """
     weight = folded_unembedding(model, head=head, norm=norm)
     if hook is not None:
         directions = in_residual_stream(model, hook, directions, weight.shape[1], norm=norm)
+        directions = directions * _gain(model, hook, head, norm)
     if directions.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"directions must lie in the residual stream, {weight.shape[1]} wide, got shape "
@@ -161,6 +166,23 @@ def final_scale(
             x = x - x.mean(-1, keepdim=True)
         sizes.append(x.square().mean(-1).sqrt().flatten())
     return float(torch.cat(sizes).median())
+
+
+def _gain(model: LanguageModel, hook: str, head: str | None, norm: str | None) -> float:
+    """Return what a unit at a hook, mapped into the stream, is at the stream's end."""
+    unembedding = _unembedding(model.network, head)
+    end = end_of_stream(model, unembedding, norm)
+    if end is None:
+        return 1.0
+    n_vocabulary, d_model = unembedding.weight.shape
+    gain = direct_gain(model, where_added(model, hook), end, (n_vocabulary, d_model))
+    if gain is None:
+        raise ValueError(
+            f"what is added at {hook} must reach the end of the residual stream past every later "
+            "layer, and does not: a norm or a gate stands on its way, which does something else "
+            "to each token; where you know what it does, map the directions and pass no hook"
+        )
+    return gain
 
 
 def _unembedding(network: nn.Module, name: str | None) -> nn.Linear:

@@ -78,6 +78,30 @@ def in_residual_stream(
     )
 
 
+def where_added(model: LanguageModel, hook: str) -> HookPoint:
+    """Return the place at which what `in_residual_stream` makes of directions is added."""
+    point = find_hook(model.network, hook)
+    path = _path(point)
+    block, part = _split(path)
+    if not point.at_input or not part or block is None:
+        return point
+    if is_norm(path, point.module):  # it reads the stream, which goes on beside it
+        return HookPoint(block, model.network.get_submodule(block), at_input=False)
+    return HookPoint(path, point.module, at_input=False)
+
+
+def end_of_stream(
+    model: LanguageModel, unembedding: nn.Module, norm: str | None = None
+) -> HookPoint | None:
+    """Return the input of the final norm, or of the unembedding; None for a network without norms.
+
+    There a direct path cannot be told from those through later layers.
+    """
+    if not any(is_norm(path, module) for path, module in model.network.named_modules() if path):
+        return None
+    return HookPoint("end", final_norm(model, norm) or unembedding, at_input=True)
+
+
 def _checked(directions: Tensor, width: int, hook: str) -> Tensor:
     if directions.shape[-1] != width:
         raise ValueError(
@@ -102,7 +126,7 @@ def _is_in_stream(network: nn.Module, point: HookPoint, d_model: int) -> bool:
     if point.at_input:
         return False
     is_whole_part = is_child and not _is_linear(point.module)
-    has_maps = any(map(_is_linear, point.module.modules()))
+    has_maps = any(parameter.ndim > 1 for parameter in point.module.parameters())
     return (is_whole_part and has_maps) or _is_writer(network, point, d_model)
 
 

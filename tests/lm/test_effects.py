@@ -192,7 +192,7 @@ def test_maps_of_other_families():
     directions = torch.randn(3, 16)
 
     opt = LanguageModel(
-        "opt", OPTForCausalLM(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16))
+        "opt", OPTForCausalLM(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16)).eval()
     )
     second = opt.network.model.decoder.layers[1].fc2
     effects = logit_effects(opt, directions, hook="model.decoder.layers.1.fc2:input")
@@ -201,14 +201,14 @@ def test_maps_of_other_families():
         logit_effects(opt, directions, hook="model.decoder.layers.1.fc1:input")
 
     sizes |= {"intermediate_size": 16}
-    neox = LanguageModel("neox", GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)))
+    neox = LanguageModel("neox", GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval())
     for part in ("attention.dense", "mlp.dense_4h_to_h"):
         module = neox.network.get_submodule(f"gpt_neox.layers.1.{part}")
         effects = logit_effects(neox, directions, hook=f"gpt_neox.layers.1.{part}:input")
         torch.testing.assert_close(effects, logit_effects(neox, directions @ module.weight.T))
 
     sizes |= {"num_key_value_heads": 2}
-    gemma = LanguageModel("gemma", Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8)))
+    gemma = LanguageModel("gemma", Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8)).eval())
     logit_effects(gemma, directions, hook="model.layers.1")
     for part in ("mlp", "mlp.down_proj:input", "post_feedforward_layernorm:input"):
         with pytest.raises(ValueError, match="must lie on the residual stream"):
@@ -221,3 +221,72 @@ def test_maps_of_other_families():
     for name in inside:
         with pytest.raises(ValueError, match="must lie on the residual stream"):
             logit_effects(experts, directions, hook=name)
+    effects = logit_effects(experts, directions, hook="model.layers.1.mlp")  # all experts' sum
+    torch.testing.assert_close(effects, logit_effects(experts, directions))
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def untrained(family: str, dtype: torch.dtype = torch.float32, **options) -> LanguageModel:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, **options, "bos_token_id": None, "eos_token_id": None}
+    )
+    head = "LMHeadModel" if family == "OpenAIGPT" else "ForCausalLM"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = getattr(transformers, f"{family}{head}")(config)
+    return LanguageModel(family, network.eval().requires_grad_(False).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factors_on_the_way_to_the_stream_count(dtype):
+    """Granite multiplies embeddings by 12 here, and what a part of a block adds by .22."""
+    model = untrained(
+        "Granite", dtype, intermediate_size=24, num_key_value_heads=2,
+        residual_multiplier=0.22, embedding_multiplier=12.0,
+    )  # fmt: skip
+    directions = torch.randn(3, 16)
+    in_stream = logit_effects(model, directions)
+    factors = {
+        "model.layers.0": 1, "model.layers.0.mlp": 0.22, "model.layers.0.self_attn.o_proj": 0.22,
+        "model.layers.0.input_layernorm:input": 1, "model.embed_tokens": 12,
+    }  # fmt: skip
+    for hook, factor in factors.items():
+        effects = logit_effects(model, directions, hook=hook)
+        torch.testing.assert_close(effects, factor * in_stream, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "hooks", "fits"),
+    [
+        (  # norms behind each part and block: the stream itself is divided
+            "OpenAIGPT",
+            {"n_embd": 16, "n_layer": 2, "n_head": 2},
+            ["transformer.h.0", "transformer.h.1:input", "transformer.h.1.mlp"],
+            "transformer.h.1",
+        ),
+        ("Bloom", {}, ["transformer.word_embeddings"], "transformer.h.0"),  # a norm behind them
+        (  # a gate of each token's own behind the expert that all share
+            "Qwen2Moe",
+            {
+                "intermediate_size": 24, "num_key_value_heads": 2, "num_experts": 4,
+                "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16,
+            },
+            [f"model.layers.1.mlp.shared_expert.down_proj{side}" for side in ("", ":input")],
+            "model.layers.1.mlp",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_direct_path_leads_from_is_refused(family, options, hooks, fits):
+    model, directions = untrained(family, **options), torch.randn(3, 16)
+    torch.manual_seed(0)
+    for parameter in model.network.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))  # gates that differ
+    for hook in hooks:
+        with pytest.raises(ValueError, match="must reach the end of the residual stream"):
+            logit_effects(model, directions, hook=hook)
+    effects = logit_effects(model, directions, hook=fits)
+    torch.testing.assert_close(effects, logit_effects(model, directions))
