@@ -196,8 +196,7 @@ def _activations(
     model: LanguageModel, points: list[HookPoint], ids: Int[Tensor, "context position"]
 ) -> list[Tensor]:
     """Return what passes each hook, (context, position, width)."""
-    ids = ids.to(model.device)
-    seen = capture(model.network, points, lambda: model.network(input_ids=ids, use_cache=False))
+    seen = capture(model.network, points, lambda: model.run(ids))
     return [by_context(x, ids.shape) for x in seen]
 
 

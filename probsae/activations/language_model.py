@@ -31,10 +31,11 @@ class LanguageModel:
     name : str
         What it was loaded by; written into stores.
     network : nn.Module
-        Maps token ids (sequence, position) to an object with `.logits`.
+        Maps token ids (sequence, position) to an object with `.logits`; in evaluation mode.
     tokenizer : object
-        Hugging Face tokenizer, or any callable of a list of texts that returns
-        `{"input_ids": [...]}`; may be None where only token ids are used.
+        Hugging Face tokenizer, or any callable that takes a list of texts and
+        `add_special_tokens=False` and returns `{"input_ids": [...]}`; may be None where only token
+        ids are used.
     bos_token_id : int or None
         Token that begins every context, where the model was trained with one: that its tokenizer
         puts in front of a text by itself. Far from it such models (Gemma, Llama) are lost.
@@ -76,6 +77,25 @@ class LanguageModel:
             for text, piece in zip(texts, pieces, strict=True)
         ]
 
+    def check_evaluates(self) -> None:
+        """Raise ValueError where the network would drop units at random, as in training."""
+        if self.network.training:
+            raise ValueError(
+                f"the network of {self.name} must be in evaluation mode, or dropout would change "
+                "each pass and draw from the caller's generators; call network.eval()"
+            )
+
+    def run(self, token_ids: Int[Tensor, "sequence position"]) -> Any:
+        """Return what the network makes of token ids, without a cache.
+
+        Raises
+        ------
+        ValueError
+            If the network is in training mode.
+        """
+        self.check_evaluates()
+        return self.network(input_ids=token_ids.to(self.device), use_cache=False)
+
     def logits(
         self, token_ids: Int[Tensor, "sequence position"]
     ) -> Float[Tensor, "sequence position vocabulary"]:
@@ -83,7 +103,7 @@ class LanguageModel:
 
         Differentiable by what an edit put in at a hook; by the weights only if they ask for it.
         """
-        output = self.network(input_ids=token_ids.to(self.device), use_cache=False)
+        output = self.run(token_ids)
         return (output if isinstance(output, Tensor) else output.logits).float()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -70,12 +71,8 @@ def read_contexts(
     """
     point = find_hook(model.network, hook)
     for ids in shown(token_ids.split(batch_size), hook, "batch", progress):
-        ids = ids.to(model.device)
-
-        def forward(ids: Tensor = ids) -> None:
-            model.network(input_ids=ids, use_cache=False)
-
-        yield by_context(capture(model.network, [point], forward)[0], ids.shape)
+        x = capture(model.network, [point], partial(model.run, ids))[0]
+        yield by_context(x, ids.shape)
 
 
 def read_tokens(

@@ -65,7 +65,4 @@ def direct_gain(
 def _read(
     model: LanguageModel, end: HookPoint, ids: Int[Tensor, "context position"]
 ) -> Float[Tensor, "..."]:
-    ids = ids.to(model.device)
-    return capture(model.network, [end], lambda: model.network(input_ids=ids, use_cache=False))[
-        0
-    ].float()
+    return capture(model.network, [end], lambda: model.run(ids))[0].float()

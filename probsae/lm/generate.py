@@ -50,11 +50,12 @@ def generate(
     TypeError
         If the network has no `generate`.
     ValueError
-        If the prompt is empty or the temperature negative.
+        If the prompt is empty, the temperature negative, or the network in training mode.
     """
     network: Any = model.network
     if not hasattr(network, "generate"):
         raise TypeError(f"generation needs a Hugging Face model, got {type(network).__name__}")
+    model.check_evaluates()
     if isinstance(prompt, str):
         begin = [] if model.bos_token_id is None else [model.bos_token_id]
         ids = [*begin, *model.tokenize([prompt])[0]]

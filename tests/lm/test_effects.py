@@ -214,7 +214,9 @@ def test_maps_of_other_families():
         with pytest.raises(ValueError, match="must lie on the residual stream"):
             logit_effects(gemma, directions, hook=f"model.layers.1.{part}")
 
-    experts = LanguageModel("moe", MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)))
+    experts = LanguageModel(
+        "moe", MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)).eval()
+    )
     names = [name for name, _ in experts.network.named_modules() if "layers.1" in name]
     inside = [name for name in names if "experts" in name]
     assert inside

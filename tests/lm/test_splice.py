@@ -12,9 +12,10 @@ from pyro.distributions import Normal
 from scipy import stats
 
 import probsae as ps
+from probsae.activations.harvest import harvest
 from probsae.activations.hooks import edited, find_hook, recorded
 from probsae.distributions import SpikeSlab
-from probsae.lm import Splicer, SpliceResult, downstream_fvu, read_tokens, splice
+from probsae.lm import Splicer, SpliceResult, downstream_fvu, generate, read_tokens, splice
 from tests.conftest import FALSE_ALARM_RATE
 from tests.lm.tiny import (
     VOCABULARY,
@@ -85,6 +86,22 @@ def test_tokens_that_a_module_is_given_in_one_row_are_told_apart():
     torch.testing.assert_close(result.token_cross_entropy_spliced, expected)
     later = "model.decoder.layers.2.fc2"
     assert downstream_fvu(model, hook, signed_identity(24), IDS, [later])[later] < 1e-10
+
+
+def test_networks_in_training_mode_are_refused(tmp_path):
+    """GPT-2 drops a tenth: the identity would change what it predicts."""
+    model, hook = tiny_gpt2(), "transformer.h.1"
+    model.network.train()
+    (tmp_path / "text.txt").write_text("1 2 3 4 5 6 7 8")
+    calls = [
+        lambda: splice(model, hook, lambda x: x, IDS),
+        lambda: read_tokens(model, hook, IDS),
+        lambda: generate(model, [1, 2]),
+        lambda: harvest(model, tmp_path / "text.txt", hook, tmp_path / "out", context_length=4),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"call network\.eval\(\)"):
+            call()
 
 
 def test_hooks_that_pass_no_vector_a_token_are_refused():

@@ -51,7 +51,7 @@ class WordTokenizer:
 def tiny_language_model() -> LanguageModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = TinyNetwork().requires_grad_(False)
+        network = TinyNetwork().eval().requires_grad_(False)
     return LanguageModel("tiny", network, WordTokenizer())
 
 
