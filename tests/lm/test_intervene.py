@@ -183,6 +183,35 @@ def test_bad_arguments():
         generate(tiny_language_model(), "1 2")
     with pytest.raises(ValueError, match="prompt must hold a token"):
         generate(model, "")
+    with pytest.raises(ValueError, match="temperature be a number from 0"):
+        generate(model, [1], temperature=float("nan"))
+    for name in ("n_tokens", "n_samples"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            generate(model, [1], **{name: 0})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"min_p": 0.5},
+        {"typical_p": 0.2},
+        {"suppress_tokens": list(range(40))},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_the_models_settings_for_chat_do_not_bend_its_distribution(settings):
+    model = tiny_llama()
+    options = [{"n_tokens": 8}, {"n_tokens": 3, "n_samples": 50, "temperature": 1.0}]
+    plain = [generate(model, [5, 17, 3], **option) for option in options]
+    config = model.network.generation_config
+    for name, value in settings.items():
+        setattr(config, name, value)
+    for option, expected in zip(options, plain, strict=True):
+        assert torch.equal(generate(model, [5, 17, 3], **option), expected)
+    assert model.network.generation_config is config
 
 
 @pytest.mark.slow
