@@ -278,8 +278,8 @@ class _Documents:
     def _pieces(self) -> Iterator[str]:
         """Take each piece from the file of which the least has been read, as a share."""
         handles = {file.open(encoding="utf-8", errors="replace"): 0.0 for file in self.files}
-        shares = {
-            handle: _DOCUMENT_CHARACTERS / max(file.stat().st_size, 1)
+        sizes = {
+            handle: max(file.stat().st_size, 1)
             for handle, file in zip(handles, self.files, strict=True)
         }
         try:
@@ -287,7 +287,8 @@ class _Documents:
                 handle = min(handles, key=handles.__getitem__)
                 piece = handle.read(_DOCUMENT_CHARACTERS)
                 if piece:
-                    handles[handle] += shares[handle]
+                    # Bytes, as sizes are: a character of some scripts has two or three.
+                    handles[handle] += len(piece.encode()) / sizes[handle]
                     yield piece
                 else:
                     handle.close()

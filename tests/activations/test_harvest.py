@@ -88,6 +88,16 @@ def test_files_are_mixed_in_proportion_throughout(tmp_path, text):
     assert int(documents.max()) + 1 == len(documents.unique())
 
 
+@pytest.mark.parametrize("other", ["2", "\u0662"])  # in Arabic figures two bytes
+def test_every_part_of_a_store_mixes_the_files(tmp_path, other):
+    files = [tmp_path / "one.txt", tmp_path / "other.txt"]
+    for file, word in zip(files, ("1", other), strict=True):
+        file.write_text(f"{word} " * 60_000, encoding="utf-8")
+    (store,) = harvest(tiny_language_model(), files, HOOKS[0], tmp_path / "out", context_length=16)
+    for part in store.labels("tokens").chunk(4):
+        assert float((part == 2).double().mean()) == pytest.approx(0.5, abs=0.1)
+
+
 def test_unknown_hook_lists_near_ones(tmp_path, text):
     with pytest.raises(ValueError, match=r"layers\.3.*layers\.1"):
         harvest(tiny_language_model(), text, "layers.3", tmp_path / "out")
