@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from probsae.activations.hooks import by_context, find_hook, recorded
+from probsae.activations.hooks import HookPoint, by_context, edited, find_hook, recorded
 from probsae.inference.elbo import ElboTerms, Objective, elbo_terms
 from probsae.lm.contexts import ContextActivations, logits_with, tokens_of
 from probsae.models.base import SparseDictionary
@@ -57,8 +57,9 @@ class EndToEnd:
     Raises
     ------
     ValueError
-        If a hook is unknown or the language model's own weights ask for gradients; when called, if
-        the dictionary's decoder is not linear.
+        If a hook is unknown, a later one does not lie behind the dictionary's, or the language
+        model's own weights ask for gradients; when called, if the dictionary's decoder is not
+        linear.
 
     Notes
     -----
@@ -89,6 +90,7 @@ class EndToEnd:
             )
         self.contexts = contexts
         self.later = [find_hook(network, name) for name in later]
+        _check_behind(contexts, self.later)
         self.output_weight, self.later_weight = output_weight, later_weight
         self.local_weight = local_weight
 
@@ -142,6 +144,25 @@ class EndToEnd:
         if not (model.is_deterministic or model.learn_noise):
             error = error / model.noise_scale.detach().square().to(error.device)
         return error.to(x.device)
+
+
+@torch.no_grad()
+def _check_behind(contexts: ContextActivations, later: Sequence[HookPoint]) -> None:
+    """Raise ValueError for a hook that a replacement at the dictionary's does not move.
+
+    Its error would be 0 whatever the dictionary did.
+    """
+    token_ids = contexts.token_ids[:1].long()
+    with recorded(later) as before:
+        contexts.model.logits(token_ids)
+    with recorded(later) as after, edited(contexts.point, lambda x: x.flip(-1)):
+        contexts.model.logits(token_ids)
+    for name in before:
+        if torch.equal(before[name], after[name]):
+            raise ValueError(
+                f"later hooks must lie behind {contexts.hook!r}, got {name!r}, where nothing "
+                "changes with the activations there"
+            )
 
 
 def _noise_gradient(

@@ -278,6 +278,9 @@ def test_bad_arguments():
         EndToEnd(contexts, output_weight=-1.0)
     with pytest.raises(ValueError, match="the nearest are: model"):
         EndToEnd(contexts, later=["model.layers.9"])
+    for hook in (HOOK, "model.embed_tokens"):
+        with pytest.raises(ValueError, match=f"must lie behind '{HOOK}', got '{hook}'"):
+            EndToEnd(contexts, later=[*LATER, hook])
     non_linear = ps.SparseVAE(d_in=16, d_sae=8, decoder_hidden=4)
     with pytest.raises(ValueError, match="linear decoder"):
         EndToEnd(contexts)(non_linear, first_batch(contexts), 1.0)
