@@ -90,7 +90,8 @@ def write_browser(page: Page, path: str | Path) -> Path:
     >>> "A dictionary" in path.read_text()
     True
     """
-    content = render(page).encode()
+    # The name of a folder may hold bytes that are no text (Python keeps them as surrogates).
+    content = render(page).encode(errors="replace")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, content)

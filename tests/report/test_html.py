@@ -106,6 +106,13 @@ def test_values_that_are_no_number_do_not_break_the_page():
     assert json.loads(Parsed(html.render(page)).scripts[0][1])["history"]["elbo"] == [None]
 
 
+def test_names_that_are_no_text_do_not_break_the_page(tmp_path):
+    """A folder's name may hold any bytes; so may a token."""
+    name = b"run\xff".decode(errors="surrogateescape")
+    text = write_browser(Page(name, facts={"store": name}), tmp_path / "page.html").read_text()
+    assert text.count("run?") >= 2
+
+
 def test_a_failed_page_leaves_the_old_one(tmp_path):
     path = write_browser(Page("old"), tmp_path / "page.html")
     old = path.read_text()
