@@ -59,9 +59,17 @@ class LanguageModel:
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def contexts(self, token_ids: Sequence[int], length: int) -> Int[Tensor, "context position"]:
-        """Cut a text's token ids into whole contexts, each begun by the token that begins texts."""
+        """Cut a text's token ids into whole contexts, each begun by the token that begins texts.
+
+        Raises
+        ------
+        ValueError
+            If a context of this length has no room for a token of the text.
+        """
         first = [] if self.bos_token_id is None else [self.bos_token_id]
         n = length - len(first)
+        if n < 1:
+            raise ValueError(f"a context must have at least {len(first) + 1} tokens, got {length}")
         rows = torch.tensor(token_ids, dtype=torch.long)[: len(token_ids) // n * n].view(-1, n)
         return torch.cat([torch.tensor([first]).long().expand(len(rows), -1), rows], dim=1)
 

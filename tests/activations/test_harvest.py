@@ -157,6 +157,14 @@ def test_contexts_begin_as_the_model_was_trained(tmp_path, text):
     assert tokens[:, 1:].flatten().tolist() == words
 
 
+def test_contexts_have_room_for_text():
+    model = tiny_language_model()
+    for length, bos_token_id in ((0, None), (1, 7)):
+        model = dataclasses.replace(model, bos_token_id=bos_token_id)
+        with pytest.raises(ValueError, match=f"at least {length + 1} tokens, got {length}"):
+            model.contexts([1, 2, 3], length)
+
+
 @pytest.mark.parametrize("n_checksums", [3, 60])
 def test_killed_while_finishing_goes_on_to_the_same_bytes(tmp_path, text, monkeypatch, n_checksums):
     """At the third checksum the first store has all shards; at the 60th the second."""
