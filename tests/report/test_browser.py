@@ -347,6 +347,8 @@ def test_wicked_text_is_shown_and_does_nothing(visit, tmp_path):
     assert tab.inner_text("h1") == WICKED[1]
     shown = set(tab.locator("#detail .token").all_text_contents())
     assert set(WICKED[:8]) <= shown
+    # What would vanish, or turn the text behind it round, is a sign.
+    assert {"⟨2028⟩⟨2029⟩⟨202E⟩", "⟨0000⟩⏎⇥"} <= shown
 
 
 def test_an_injected_script_could_not_run(browser, tmp_path):

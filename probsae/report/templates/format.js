@@ -25,8 +25,10 @@ const fraction = (value) => (value === null ? "–" : value.toFixed(2).replace(/
 const probability = (value) => (value > 0.995 && value < 1 ? ">.99" : fraction(value));
 const share = (value) => (value < 0.01 ? "<1%" : `${Math.round(100 * value)}%`);
 
-// Controls would break a line or vanish: they are shown as signs.
+// Controls would break a line, vanish, or turn the text behind them round: they are shown as signs.
 const SIGNS = { "\n": "⏎", "\r": "␍", "\t": "⇥" };
-const visible = (text) => text.replace(/[\n\r\t]/g, (c) => SIGNS[c]) || "∅";
+const CONTROLS = /[\p{Cc}\p{Zl}\p{Zp}\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]/gu;
+const sign = (c) => SIGNS[c] || `⟨${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
+const visible = (text) => text.replace(CONTROLS, sign) || "∅";
 // Alone, a token's own spaces have to be seen.
 const lone = (text) => visible(text).replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
