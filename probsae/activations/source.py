@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -60,7 +61,7 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
     Raises
     ------
     TypeError
-        If `x` is neither a tensor nor an array of numbers.
+        If `x` is neither a tensor nor an array of real numbers.
     ValueError
         If `x` is not 2-D, has no rows, has another width, or holds NaN or infinite values.
     """
@@ -91,12 +92,13 @@ def check_shape(x: object, d_in: int | None = None) -> Float[Tensor, "token d_in
     Arguments and errors are those of `check_activations`.
     """
     if isinstance(x, np.ndarray):
-        if x.dtype.kind not in "fiu":
-            raise TypeError(f"activations must be numbers, got an array of dtype {x.dtype}")
-        x = torch.from_numpy(np.ascontiguousarray(x))
+        x = _from_numpy(x)
     if not isinstance(x, Tensor):
-        advice = _TEXT_ADVICE if isinstance(x, str | Path) else ""
-        raise TypeError(f"activations must be a tensor or an array, got {type(x).__name__}{advice}")
+        raise TypeError(
+            f"activations must be a tensor or an array, got {type(x).__name__}{_advice(x)}"
+        )
+    if x.is_complex():
+        raise TypeError(f"activations must be real numbers, got a tensor of dtype {x.dtype}")
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(
             f"activations must have shape (token, d_in) with at least one token, "
@@ -107,6 +109,28 @@ def check_shape(x: object, d_in: int | None = None) -> Float[Tensor, "token d_in
             f"x must have d_in={d_in} columns, got shape {tuple(x.shape)}; did you pass codes?"
         )
     return x if x.is_floating_point() else x.float()
+
+
+def _from_numpy(x: np.ndarray) -> Tensor:
+    """Return a tensor on the array's own memory; one that may only be read will do.
+
+    Such are memory maps (`np.load(path, mmap_mode="r")`), and torch warns that writing to them is
+    undefined. Nothing here writes to activations.
+    """
+    if x.dtype.kind not in "fiu":
+        raise TypeError(f"activations must be numbers, got an array of dtype {x.dtype}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(x))
+
+
+def _advice(x: object) -> str:
+    """Say how activations are had from what came instead."""
+    if isinstance(x, str | Path):
+        return _TEXT_ADVICE
+    if isinstance(x, list | tuple) and any(isinstance(part, Tensor) for part in x):
+        return "; a DataLoader's batches may hold more than x: pass (batch[0] for batch in loader)"
+    return "; pass its to_numpy()" if hasattr(x, "to_numpy") else ""
 
 
 def check_tokens_differ(x: Float[Tensor, "token d_in"]) -> None:
@@ -145,8 +169,9 @@ def batches(
         if size_of(data) == 0:
             raise ValueError(f"data must hold at least one token, got none from {data!r}")
         return data.batches(batch_size, seed=seed, device=device)
-    if isinstance(data, Iterable) and not isinstance(data, str | bytes):
-        return (check_activations(x).to(device, torch.float32) for x in data)
+    is_table = hasattr(data, "__array__")  # a DataFrame iterates over the names of its columns
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes) and not is_table:
+        return _checked(data, device)
     raise TypeError(
         "data must be a tensor, an array, an ActivationStore, a synthetic source or an iterator "
         f"of batches, got {_describe(data)}"
@@ -156,7 +181,7 @@ def batches(
 def _describe(data: object) -> str:
     """Say what came instead of activations, and for a path or a text how to come to some."""
     if not isinstance(data, str | Path):
-        return type(data).__name__
+        return f"{type(data).__name__}{_advice(data)}"
     shown = repr(str(data) if len(str(data)) < 80 else f"{str(data)[:77]}...")
     if len(str(data)) < 4_096 and (Path(data) / "index.json").is_file():
         return f"the path {shown}; open the store there: probsae.activations.ActivationStore(path)"
@@ -185,6 +210,15 @@ def take(
     if not gathered:
         raise ValueError("data must hold at least one batch, got an empty iterator")
     return torch.cat(gathered)[:n_tokens]
+
+
+def _checked(data: Iterable[Tensor], device: torch.device | str | None) -> Iterator[Tensor]:
+    """Pass batches on, each checked, and as wide as the first."""
+    d_in = None
+    for batch in data:
+        x = check_activations(batch, d_in)
+        d_in = x.shape[1]
+        yield x.to(device, torch.float32)
 
 
 def _shuffled(

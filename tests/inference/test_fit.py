@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
@@ -86,6 +87,9 @@ def test_an_iterator_that_ends_ends_the_fit(source):
         (Narrow(9), ValueError, "model's d_in=8, got d_in=9 from Narrow"),
         (Narrow(8, n_tokens=0), ValueError, "at least one token, got none from Narrow"),
         (np.array([["a"]]), TypeError, "numbers"),
+        (torch.zeros(50, 8, dtype=torch.complex64), TypeError, "real numbers"),
+        ([[torch.zeros(50, 8)]], TypeError, r"\(batch\[0\] for batch in loader\)"),
+        (pd.DataFrame(np.zeros((50, 8))), TypeError, r"got DataFrame; pass its to_numpy\(\)"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
@@ -95,6 +99,24 @@ def test_unusable_data_are_refused_and_change_nothing(data, error, words):
     with pytest.raises(error, match=words):
         ps.fit(model, data, **OPTIONS)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_batches_of_another_width_are_refused(source):
+    x, _ = source.sample(32)
+    widths = [8] * 20 + [7]  # after the tokens that a fit begins with
+    model = small_model(ps.TopKSAE, k=2)
+    data = (x.repeat(16, 1)[:, :width] for width in widths)
+    with pytest.raises(ValueError, match=r"d_in=8 columns, got shape \(512, 7\)"):
+        ps.fit(model, data, **OPTIONS | {"batch_size": 512})
+
+
+def test_a_read_only_memory_map_is_read(source, tmp_path):
+    np.save(tmp_path / "x.npy", source.sample(300)[0].numpy())
+    x = np.load(tmp_path / "x.npy", mmap_mode="r")
+    model = small_model(ps.TopKSAE, k=2)
+    for data in (x, iter([x] * 3)):  # torch's warning that x is not writable would be an error
+        ps.fit(model, data, **OPTIONS | {"n_steps": 3})
+    assert model.encode(x).mean.shape == (300, 12)
 
 
 @pytest.mark.usefixtures("unchecked_types")
