@@ -28,9 +28,12 @@ from probsae.inference.schedule import Schedule
 from probsae.inference.start import (
     FirstScales,
     adam,
+    check_callbacks,
     check_counts,
     check_fit_memory,
+    check_model,
     check_rate,
+    check_seed,
     open_data,
     with_gradients,
 )
@@ -165,10 +168,17 @@ def fit(
     >>> result.n_tokens
     1280
     """
-    check_types(model, callbacks, elbo)
+    check_model(model)
+    callbacks = check_callbacks(callbacks)
+    if elbo is not None and not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo must be a pyro.infer.ELBO, got {type(elbo).__name__}")
     check_counts(n_steps, batch_size)
     # Numpy's integers are whole numbers, but neither torch's generators nor JSON take them.
-    n_steps, batch_size, seed = map(operator.index, (n_steps, batch_size, seed))
+    n_steps, batch_size, seed = (
+        operator.index(n_steps),
+        operator.index(batch_size),
+        check_seed(seed),
+    )
     if elbo is not None and objective is not None:
         raise ValueError("pass either elbo or objective, not both: each is the whole loss")
     device = choose_device(device)
@@ -193,7 +203,7 @@ def fit(
     step = training_step(model, elbo, compile, batch_size, n_steps, objective)
     with seeded(seed, device), products_in(model, precision):
         model.train()
-        single = _SingleFit(state, step, schedule, learning_rate, list(callbacks))
+        single = _SingleFit(state, step, schedule, learning_rate, callbacks)
         try:
             if resume is not None:
                 load_checkpoint(resume, state)
@@ -293,20 +303,6 @@ def warn_of_binding_floor(model: SparseDictionary) -> None:
             NoiseFloorWarning,
             stacklevel=5,  # the decorator has two frames
         )
-
-
-def check_types(model: object, callbacks: object = (), elbo: object = None) -> None:
-    """Say it here where something else was passed than a fit can take."""
-    if not isinstance(model, SparseDictionary):
-        name = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise TypeError(
-            f"model must be a dictionary such as SpikeSlabDictionary(d_in=..., d_sae=...), "
-            f"got {name}{', a class: build it first' if isinstance(model, type) else ''}"
-        )
-    if isinstance(callbacks, Callback):
-        raise TypeError("callbacks must be several: pass one as [callback]")
-    if elbo is not None and not isinstance(elbo, ELBO):
-        raise TypeError(f"elbo must be a pyro.infer.ELBO, got {type(elbo).__name__}")
 
 
 def _set_rates(state: FitState, schedule: Schedule, learning_rate: float) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from probsae.activations.source import (
     batches,
     check_activations,
 )
+from probsae.inference.callbacks import Callback
 from probsae.models.base import SparseDictionary
 
 # Tokens that set location and scales before the first step: the deviation of a mean over them
@@ -43,6 +46,56 @@ def check_counts(n_steps: int, batch_size: int) -> None:
     """Raise ValueError unless both are whole numbers of at least 1."""
     check_count("n_steps", n_steps)
     check_count("batch_size", batch_size)
+
+
+def check_seed(seed: object) -> int:
+    """Return `seed`, perhaps one of numpy's integers, as torch's generators take it.
+
+    Raises
+    ------
+    ValueError
+        If it is no whole number.
+    """
+    if not isinstance(seed, int | np.integer):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    return operator.index(seed)
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError where something else was passed than a dictionary."""
+    if not isinstance(model, SparseDictionary):
+        raise TypeError(
+            "model must be a dictionary such as SpikeSlabDictionary(d_in=..., d_sae=...), "
+            f"got {_name(model)}"
+        )
+
+
+def check_callbacks(callbacks: object) -> list[Callback]:
+    """Return them as a list.
+
+    Raises
+    ------
+    TypeError
+        If it holds something else, such as a function, or is a callback itself.
+    """
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
+        raise TypeError(
+            f"callbacks must be several: pass one as [callback], got {_name(callbacks)}"
+        )
+    callbacks = list(callbacks)
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                "each of callbacks must be a probsae.inference.Callback, whose on_step(state) runs "
+                f"after each step, got {_name(callback)}"
+            )
+    return callbacks
+
+
+def _name(value: object) -> str:
+    if isinstance(value, type):
+        return f"{value.__name__}, a class: build it first"
+    return type(value).__name__
 
 
 def check_rate(learning_rate: float) -> float:

@@ -396,8 +396,10 @@ def test_pieces_of_a_batch_and_of_the_members_change_nothing(source, monkeypatch
         ({"callbacks": [[]] * 3}, "callbacks"),
         ({"schedule": [None]}, "schedule"),
         ({"n_steps": 0}, "n_steps"),
+        ({"seed": [0, 1]}, "seed must be a whole number"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_unusable_settings_are_refused(options, words, source):
     models = [ps.ReLUSAE(8, 12), ps.ReLUSAE(8, 12)]
     with pytest.raises(ValueError, match=words):
@@ -421,6 +423,13 @@ def test_rates_may_be_an_array(source):
     ps.fit_ensemble(others, source, learning_rate=[1e-3, 1e-2], **OPTIONS)
     for model, other in zip(models, others, strict=True):
         assert torch.equal(model.W_dec, other.W_dec)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_other_things_than_models_are_refused(source):
+    for models, words in ((ps.ReLUSAE(8, 12), r"\[model\]"), ([ps.ReLUSAE], "build it first")):
+        with pytest.raises(TypeError, match=words):
+            ps.fit_ensemble(models, source, **OPTIONS)
 
 
 def test_unusable_models_are_refused(source):

@@ -145,6 +145,9 @@ def test_a_path_of_a_store_is_told_from_other_paths(tmp_path):
         {"learning_rate": -1.0},
         {"learning_rate": float("inf")},
         {"device": "gpu"},
+        {"seed": None},
+        {"seed": "0"},
+        {"seed": 0.5},
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
@@ -159,6 +162,9 @@ def test_unusable_settings_are_refused(options, source):
         ({"model": ps.TopKSAE}, "got TopKSAE, a class: build it first"),
         ({"model": torch.nn.Linear(8, 8)}, "got Linear"),
         ({"callbacks": Callback()}, r"\[callback\]"),
+        ({"callbacks": print}, r"\[callback\], got builtin_function"),
+        ({"callbacks": [print]}, r"on_step\(state\).*, got builtin_function"),
+        ({"callbacks": [Callback]}, "got Callback, a class: build it first"),
         ({"elbo": "exact"}, "pyro.infer.ELBO, got str"),
     ],
 )

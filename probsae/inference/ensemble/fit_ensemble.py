@@ -14,10 +14,17 @@ from probsae.activations.source import ActivationData
 from probsae.inference.callbacks import Callback
 from probsae.inference.ensemble.fits import warn_of_divergence
 from probsae.inference.ensemble.stacked import Setup, Wish, check_passes, fit_stacked
-from probsae.inference.fit import FitResult, check_types, fit
+from probsae.inference.fit import FitResult, fit
 from probsae.inference.guard import NonFiniteElboError
 from probsae.inference.schedule import Schedule
-from probsae.inference.start import check_counts, check_rate, with_gradients
+from probsae.inference.start import (
+    check_callbacks,
+    check_counts,
+    check_model,
+    check_rate,
+    check_seed,
+    with_gradients,
+)
 from probsae.inference.step import Precision
 from probsae.models.base import SparseDictionary
 
@@ -102,6 +109,7 @@ def fit_ensemble(
     [1280, 1280, 1280]
     """
     check_counts(n_steps, batch_size)
+    seed = check_seed(seed)
     device = choose_device(device)
     _check_models(models)
     setup = Setup(data, n_steps, batch_size, seed, device, n_tokens, precision, compile, progress)
@@ -110,10 +118,8 @@ def fit_ensemble(
     for rate in rates:
         check_rate(1.0 if rate is None else rate)
     own_callbacks = _each(callbacks or [()] * len(models), models, "callbacks")
-    for model, own in zip(models, own_callbacks, strict=True):
-        check_types(model, own)
     wishes = [
-        Wish(i, model, schedules[i], rates[i], list(own_callbacks[i]))
+        Wish(i, model, schedules[i], rates[i], check_callbacks(own_callbacks[i]))
         for i, model in enumerate(models)
     ]
     stacked = [wish for wish in wishes if wish.model.has_linear_decoder]
@@ -125,13 +131,15 @@ def fit_ensemble(
 
 
 def _check_models(models: Sequence[SparseDictionary]) -> None:
-    """Raise ValueError unless the models can see the same batches."""
+    """Raise ValueError or TypeError unless these are models that can see the same batches."""
+    if isinstance(models, SparseDictionary):
+        raise TypeError(f"models must be several: pass one as [model], got {type(models).__name__}")
     if len(models) == 0:
         raise ValueError("models must hold at least one dictionary, got none")
     if len({id(model) for model in models}) < len(models):
         raise ValueError("models must be distinct objects, and one came twice; build each anew")
     for model in models:
-        check_types(model)
+        check_model(model)
     widths = sorted({model.d_in for model in models})
     if len(widths) > 1:
         raise ValueError(f"models must have one d_in, got {widths}; fit them apart")
