@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from probsae.activations.source import ActivationSource
 from probsae.inference.fit import fit
 from probsae.metrics.reconstruction import fvu
 from probsae.models.base import SparseDictionary
@@ -82,10 +82,13 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         ------
         ValueError
             If `X` has fewer than two tokens, or values that are not finite.
+        TypeError
+            If `model` is no class of dictionaries, or `X` no array.
         """
+        self._check_types(X)
+        seed = _seed(self.random_state)
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         x = torch.from_numpy(np.array(X, dtype=np.float32))
-        seed = _seed_of(self.random_state)
         with seeded(seed):
             model = self.model(
                 d_in=x.shape[1], d_sae=self.n_components, **(self.model_options or {})
@@ -144,14 +147,25 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
     def _n_features_out(self) -> int:
         return len(self.components_)
 
+    def _check_types(self, X: object) -> None:
+        if isinstance(self.model, SparseDictionary) or not callable(self.model):
+            raise TypeError(
+                "model must be a class, such as SpikeSlabDictionary, with its other arguments in "
+                f"model_options, got {self.model!r}"
+            )
+        if isinstance(X, ActivationSource):
+            raise TypeError(
+                f"X must be an array, got {type(X).__name__}; probsae.fit takes it as it is"
+            )
+
     def _validated(self, X: Any) -> tuple[torch.Tensor, np.dtype]:
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return torch.from_numpy(np.array(X, dtype=np.float64)), X.dtype
 
 
-def _seed_of(random_state: Any) -> int:
-    """Return an integer as it is; of anything else that scikit-learn takes, a seed drawn by it."""
-    if isinstance(random_state, Integral):
+def _seed(random_state: Any) -> int:
+    """Return a number itself, and else one drawn as scikit-learn draws."""
+    if isinstance(random_state, int | np.integer):
         return int(random_state)
-    return int(check_random_state(random_state).randint(2**31 - 1))
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))

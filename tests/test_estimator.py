@@ -88,3 +88,14 @@ def test_every_random_state_of_scikit_learn_is_one():
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[2], found[3])
     assert not np.array_equal(found[0], found[2])
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_other_things_than_a_class_and_an_array_are_refused():
+    X = np.random.default_rng(0).normal(size=(64, 8))
+    for model in (ps.TopKSAE(8, 4, k=1), "TopKSAE"):
+        with pytest.raises(TypeError, match="model must be a class"):
+            ps.DictionaryEstimator(model).fit(X)
+    source = ps.SyntheticActivations(d_in=8, n_features=4, n_active=1)
+    with pytest.raises(TypeError, match=r"got SyntheticActivations; probsae\.fit takes"):
+        ps.DictionaryEstimator().fit(source)
