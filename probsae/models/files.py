@@ -102,13 +102,22 @@ def save(model: SparseDictionary, path: str | Path) -> None:
     ------
     FileExistsError
         If it holds anything else.
+    TypeError
+        If something else than a dictionary came, such as a fit's result or an estimator.
     """
+    if not isinstance(model, SparseDictionary):
+        raise TypeError(
+            f"save takes a dictionary, got {type(model).__name__}; the one inside is a result's "
+            "`model` or an estimator's `dictionary_`"
+        )
     with atomic_write(path, DICTIONARY_FILES) as folder:
         save_dictionary(model, folder)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> SparseDictionary:
     """Read a dictionary written by `save`, as the class that was saved.
+
+    A class of your own must have been defined, or imported, before.
 
     Parameters
     ----------
@@ -143,17 +152,18 @@ def rebuild(
     config: Any, tensors: dict[str, Tensor], origin: Path, device: str | torch.device
 ) -> SparseDictionary:
     """Return the model that `describe` described, with its tensors; `origin` is for errors."""
-    import probsae.models as models  # the package imports this module first
-
     try:
-        model_class = getattr(models, config["class"], None)
+        model_class = _class_named(config["class"])
         hyperparameters, n_tokens = config["hyperparameters"], config.get("n_tokens")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{origin} does not hold a readable dictionary: {error!r}") from error
     if not (isinstance(model_class, type) and issubclass(model_class, SparseDictionary)) or (
         inspect.isabstract(model_class)
     ):
-        raise ValueError(f"{origin} was saved as {config['class']!r}, which probsae does not have")
+        raise ValueError(
+            f"{origin} was saved as {config['class']!r}, which probsae does not have; if it is a "
+            "class of your own, import it first"
+        )
     if not (n_tokens is None or isinstance(n_tokens, int)):
         raise ValueError(f"n_tokens in {origin} must be a whole number or null, got {n_tokens!r}")
     try:
@@ -172,3 +182,19 @@ def _dtype_of(tensors: dict[str, Tensor]) -> torch.dtype:
     """Return the precision that a dictionary was saved in."""
     b_dec = tensors.get("b_dec")
     return b_dec.dtype if b_dec is not None and b_dec.is_floating_point() else torch.float32
+
+
+def _class_named(name: str) -> Any:
+    """Return probsae's class of that name, or the caller's own, the one defined last."""
+    import probsae.models as models  # the package imports this module first
+
+    if name in vars(models):
+        return vars(models)[name]
+    own = [cls for cls in _subclasses(SparseDictionary) if cls.__name__ == name]
+    return own[-1] if own else None
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)

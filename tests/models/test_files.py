@@ -1,7 +1,8 @@
-"""Files that are no saved dictionary are said to be none."""
+"""Dictionaries on disk: what is saved and loaded, and what is refused."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,3 +51,33 @@ def test_a_dictionary_comes_back_in_its_own_precision(dtype, tmp_path):
     for name, value in model.state_dict().items():
         assert loaded.state_dict()[name].dtype == value.dtype
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+class OwnDictionary(ps.TopKSAE):
+    """A class that probsae has never seen."""
+
+
+def test_a_class_of_ones_own_is_loaded(tmp_path):
+    model = OwnDictionary(8, 12, k=2)
+    ps.save(model, tmp_path / "own")
+    loaded = ps.load(tmp_path / "own")
+    assert type(loaded) is OwnDictionary
+    assert torch.equal(loaded.W_dec, model.W_dec)
+
+
+def test_a_class_that_is_nowhere_is_said_so(tmp_path):
+    ps.save(ps.TopKSAE(8, 12, k=2), tmp_path / "other")
+    config = tmp_path / "other" / "config.json"
+    config.write_text(config.read_text().replace("TopKSAE", "OtherSAE"))
+    with pytest.raises(ValueError, match="class of your own, import it first"):
+        ps.load(tmp_path / "other")
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_other_things_than_a_dictionary_are_not_saved(tmp_path):
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    estimator = ps.DictionaryEstimator(n_components=4, n_steps=2).fit(x)
+    result = ps.fit(ps.TopKSAE(8, 12, k=2), x, n_steps=2, batch_size=32)
+    for thing in (estimator, result):
+        with pytest.raises(TypeError, match=f"got {type(thing).__name__}"):
+            ps.save(thing, tmp_path / "thing")
