@@ -73,7 +73,9 @@ class CodePosterior:
             return q.p_active
         if isinstance(q, dist.Delta):
             return q.v.sign().abs()  # eager a third of what comparing and converting takes
-        threshold = torch.as_tensor(self.activity_threshold, device=q.mean.device)
+        threshold = self.activity_threshold
+        if not isinstance(threshold, Tensor):
+            threshold = torch.full_like(q.mean, threshold)  # which an ensemble can trace
         above = 1 - q.cdf(threshold)
         return above if isinstance(q, TruncatedNormal) else above + q.cdf(-threshold)
 

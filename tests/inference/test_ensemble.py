@@ -23,6 +23,7 @@ from probsae.inference.ensemble.grouping import group
 from probsae.inference.ensemble.memory import peak_bytes, split
 from probsae.inference.ensemble.program import trace
 from probsae.inference.ensemble.waves import Footprint, footprint, waves
+from tests.own_model import LinearLaplace
 
 N_STEPS = 15
 OPTIONS = {"n_steps": N_STEPS, "batch_size": 64, "device": "cpu", "progress": False}
@@ -98,6 +99,14 @@ def test_an_ensemble_is_as_many_fits(cls, options, source):
         for name, values in expected.history.items():
             assert results[i].history[name] == pytest.approx(values, rel=1e-4, abs=1e-4), name
     assert not torch.allclose(models[0].W_dec, models[1].W_dec, atol=1e-3)
+
+
+def test_a_class_of_ones_own_is_stacked(source):
+    models = [LinearLaplace(8, 12) for _ in range(2)]
+    other = copy.deepcopy(models[1])
+    ps.fit_ensemble(models, source, **OPTIONS)
+    ps.fit(other, source, **OPTIONS)
+    assert_same(models[1], other)
 
 
 def test_different_shapes_and_classes_are_groups_on_the_same_batches(source):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions.util import validation_enabled
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx import GraphModule
@@ -223,8 +224,12 @@ def _watch(
 
 
 def trace(function: Callable[..., Any], *inputs: Any) -> GraphModule:
-    """Record what `function` does to tensors of these shapes; changes none of them."""
-    return make_fx(function, tracing_mode="fake")(*inputs)
+    """Record what `function` does to tensors of these shapes; changes none of them.
+
+    Distributions do not look at their arguments' values meanwhile: there are none.
+    """
+    with validation_enabled(False):
+        return make_fx(function, tracing_mode="fake")(*inputs)
 
 
 class Traced:
