@@ -31,6 +31,7 @@ from probsae.inference.start import (
     check_callbacks,
     check_counts,
     check_fit_memory,
+    check_hooks,
     check_model,
     check_rate,
     check_seed,
@@ -194,6 +195,8 @@ def fit(
     check_fit_memory(model, piece_tokens(model, batch_size), device)
     first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in, n_done)
     model.to(device)
+    is_closed = elbo is None and objective is None and model.has_linear_decoder
+    check_hooks(model, is_sampled=not is_closed)
     scales = FirstScales(model)
     model.initialize_(first)
     model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size

@@ -11,7 +11,8 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from probsae.inference.elbo import Objective
-from probsae.models.base import SparseDictionary
+from probsae.models.base import SparseDictionary, as_event
+from probsae.models.code_posterior import CodePosterior
 
 
 def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:
@@ -46,7 +47,7 @@ def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tenso
         before, version = counted[name]
         if value._version != version:  # the others may be part of the loss's graph
             value.copy_(before)
-    kl = model.kl(posterior).mean()
+    kl = _kl(model, posterior).mean()
     auxiliary = torch.zeros_like(kl) if extra is None else extra.mean()
     log_prior = model.log_prior_parameters()
     if log_prior is not None:
@@ -62,3 +63,13 @@ def _describe(model: SparseDictionary, x: Tensor, loss: Tensor, kl_weight: Tenso
         fvu=squared_error / (x - x.mean(0)).square().sum(),
         firing_rate=posterior.p_active.mean(0),
     )
+
+
+def _kl(model: SparseDictionary, posterior: CodePosterior) -> Tensor:
+    """Return the KL of each token; of one draw, where it has no closed form."""
+    try:
+        return model.kl(posterior)
+    except NotImplementedError:
+        q = as_event(posterior.distribution)
+        z = q.sample()
+        return q.log_prob(z) - model.prior().log_prob(z)

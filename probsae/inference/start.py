@@ -21,7 +21,8 @@ from probsae.activations.source import (
     check_activations,
 )
 from probsae.inference.callbacks import Callback
-from probsae.models.base import SparseDictionary
+from probsae.models.base import SparseDictionary, in_evaluation
+from probsae.models.code_posterior import CodePosterior
 
 # Tokens that set location and scales before the first step: the deviation of a mean over them
 # is 1.5% of the data's, well inside what the first hundred steps move.
@@ -68,6 +69,39 @@ def check_model(model: object) -> None:
             "model must be a dictionary such as SpikeSlabDictionary(d_in=..., d_sae=...), "
             f"got {_name(model)}"
         )
+
+
+@torch.no_grad()
+def check_hooks(model: SparseDictionary, is_sampled: bool = False) -> None:
+    """Look at what a model's hooks return for the token `b_dec`, before anything is fitted.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a hook returns something else than it must.
+    NotImplementedError
+        If the KL divergence has no closed form, and is not sampled.
+    """
+    name = type(model).__name__
+    with in_evaluation(model):
+        prior, posterior = model.prior(), model.posterior(model.b_dec[None])
+    if prior.event_shape != (model.d_sae,):
+        raise ValueError(
+            f"{name}.prior must have event shape ({model.d_sae},), got {tuple(prior.event_shape)} "
+            f"and batch shape {tuple(prior.batch_shape)}; wrap a law of each code in as_event"
+        )
+    if not isinstance(posterior, CodePosterior):
+        raise TypeError(
+            f"{name}.posterior must return a probsae.CodePosterior, got {type(posterior).__name__}"
+        )
+    try:
+        if not is_sampled:
+            model.kl(posterior)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{error}; register one by torch.distributions.register_kl, override {name}.kl, or fit "
+            "by draws: elbo=pyro.infer.Trace_ELBO()"
+        ) from error
 
 
 def check_callbacks(callbacks: object) -> list[Callback]:

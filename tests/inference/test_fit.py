@@ -14,6 +14,8 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
+from torch.distributions import Laplace, Normal, StudentT
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import probsae as ps
@@ -31,7 +33,9 @@ from probsae.inference import (
     step,
 )
 from probsae.inference.fit import _SingleFit
+from probsae.models.base import as_event
 from tests.killed import KilledAfter
+from tests.own_model import LinearLaplace
 
 OPTIONS = {"n_steps": 30, "batch_size": 32, "device": "cpu", "progress": False}
 
@@ -415,6 +419,53 @@ def test_any_pyro_elbo_can_be_passed(source):
         losses.append(ps.fit(model, source, elbo=elbo, **OPTIONS).history["elbo"][-1])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0] == pytest.approx(losses[2], abs=1.0)
+
+
+class StudentPrior(LinearLaplace):
+    """A pair of laws whose Kullback-Leibler divergence has no closed form."""
+
+    def prior(self):
+        return as_event(StudentT(torch.full((self.d_sae,), 3.0)))
+
+
+def test_a_sampled_elbo_needs_no_closed_form(source):
+    result = ps.fit(small_model(StudentPrior), source, elbo=Trace_ELBO(), **OPTIONS)
+    assert np.isfinite(result.history["elbo"]).all()
+    with pytest.raises(NotImplementedError, match="register_kl"):
+        ps.fit(small_model(StudentPrior), source, **OPTIONS)
+
+
+class ScalarPrior(LinearLaplace):
+    def prior(self):
+        return Laplace(torch.zeros(self.d_sae), torch.ones(self.d_sae))  # not one event
+
+
+class ShortPrior(LinearLaplace):
+    def prior(self):
+        return as_event(Laplace(torch.zeros(5), torch.ones(5)))
+
+
+class BareDistribution(LinearLaplace):
+    def posterior(self, x):
+        return Normal(self.product(x - self.b_dec, self.W_enc), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "error", "words"),
+    [
+        (ScalarPrior, ValueError, r"event shape \(12,\), got \(\) .* as_event"),
+        (ShortPrior, ValueError, r"event shape \(12,\), got \(5,\)"),
+        (
+            BareDistribution,
+            TypeError,
+            r"Distribution.posterior must return .*CodePosterior, got Normal",
+        ),
+    ],
+)
+def test_hooks_of_ones_own_that_do_not_fit_are_refused(cls, error, words, source):
+    for fit in (ps.fit, lambda model, *args, **options: ps.fit_ensemble([model], *args, **options)):
+        with pytest.raises(error, match=words):
+            fit(small_model(cls), source, **OPTIONS)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from probsae.inference.schedule import Schedule
 from probsae.inference.start import (
     check_callbacks,
     check_counts,
+    check_hooks,
     check_model,
     check_rate,
     check_seed,
@@ -124,6 +125,8 @@ def fit_ensemble(
     ]
     stacked = [wish for wish in wishes if wish.model.has_linear_decoder]
     sampled = [wish for wish in wishes if not wish.model.has_linear_decoder]
+    for wish in stacked:
+        check_hooks(wish.model)
     check_passes(data, len(sampled) + bool(stacked))
     results = fit_stacked(stacked, setup, memory) if stacked else {}
     results |= {wish.index: _fit_alone(wish, setup) for wish in sampled}
