@@ -165,13 +165,35 @@ def test_a_fit_reads_the_checksums_first(tmp_path, store, capsys):
 
 
 @pytest.mark.parametrize(
+    ("command", "name"),
+    [("harvest", "MODEL"), ("fit", "STORE"), ("polish", "RUN"), ("report", "RUN")],
+)
+def test_help_names_arguments_as_the_documentation_does(command, name, capsys):
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage.endswith(f"OPTIONS] {name}")
+
+
+def test_a_fit_that_cannot_begin_does_not_read_the_store(tmp_path, store, capsys, monkeypatch):
+    monkeypatch.setattr(ActivationStore, "verify", lambda self: pytest.fail("it takes minutes"))
+    for options in ('{"q": 3}', '{"k": 5}', "k=3"):
+        with pytest.raises(SystemExit):
+            run("fit", store, "--out", tmp_path / "out", "--model", "TopKSAE", "--d-sae", 4,
+                "--options", options)  # fmt: skip
+    assert "k must be a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["fit", "{nowhere}", "--out", "{out}"], "no activation store"),
         (["fit", "{store}", "--out", "{out}", "--d-sae", "0"], "d_sae must be"),
         (["fit", "{store}", "--out", "{out}", "--options", "k=3"], "--options must be JSON"),
         (["fit", "{store}", "--out", "{out}", "--options", '{"q": 3}'], "'q'"),
+        (["fit", "{store}", "--out", "{store}"], "is an activation store; choose another folder"),
         (["evaluate", "{nowhere}", "--store", "{store}"], "nowhere"),
+        (["evaluate", "{nowhere}", "--out", "table.csv"], "must end in .json or .md"),
         (["harvest", "{nowhere}", "--hook", "h", "--out", "{out}"], "--text or --dataset"),
         (["compare", "--out", "{out}", "--n-steps", "0", "--d-sae", "4"], "n_steps must be"),
     ],

@@ -36,7 +36,7 @@ Steerable = Literal["SpikeSlabDictionary", "SparseVAE"]
 
 
 def fit(
-    store: Annotated[Path, tyro.conf.Positional],
+    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")],
     out: Path,
     model: ModelName = "SpikeSlabDictionary",
     d_sae: int = 4_096,
@@ -79,9 +79,9 @@ def fit(
             f"{out} holds the checkpoint of a fit that did not end; --resume, or choose another "
             "folder"
         )
+    if (out / "index.json").exists():
+        raise FileExistsError(f"{out} is an activation store; choose another folder for the run")
     activations = ActivationStore(store)
-    if verify:
-        activations.verify()
     train, _ = activations.split(held_out)
     arguments = _json_object(options)
     callbacks: list[Callback] = [Checkpoint(out / "checkpoint")]
@@ -95,6 +95,8 @@ def fit(
         callbacks.append(TargetL0(target_l0))
     torch.manual_seed(seed)
     dictionary = getattr(models, model)(d_in=train.d_in, d_sae=d_sae, **arguments)
+    if verify:
+        activations.verify()
     if wandb:
         from probsae.inference.wandb_logger import WandbLogger
 
@@ -119,7 +121,7 @@ def fit(
 
 
 def polish(
-    run: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     store: Path | None = None,
     n_tokens: int | None = None,
     n_passes: int = 1,

@@ -9,7 +9,7 @@ import tyro
 
 
 def harvest(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     hook: tuple[str, ...],
     out: Path,
     text: tuple[Path, ...] = (),

@@ -17,7 +17,7 @@ from probsae.report.run_folder import gather_run, held_out_share, report_run, sy
 
 
 def evaluate(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")],
     store: Path | None = None,
     held_out: float | None = None,
     n_tokens: int = 32_768,
@@ -36,6 +36,8 @@ def evaluate(
     """
     if not runs:
         raise ValueError("evaluate needs at least one run")
+    if out is not None and out.suffix not in (".json", ".md"):
+        raise ValueError(f"--out must end in .json or .md, got {out}")
     dictionaries = {
         str(run): load(run / "model" if (run / "model").exists() else run) for run in runs
     }
@@ -52,7 +54,7 @@ def evaluate(
 
 
 def inspect(
-    run: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     feature: int,
     store: Path | None = None,
     tokenizer: str | None = None,
@@ -78,7 +80,7 @@ def inspect(
 
 
 def report(
-    run: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     store: Path | None = None,
     tokenizer: str | None = None,
     n_tokens: int = 16_384,
