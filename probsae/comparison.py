@@ -97,6 +97,12 @@ class Report:
         lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
         return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
     def __rich__(self) -> Table:
         return self.rich_table()
 

@@ -79,6 +79,11 @@ def _held_out(
     seed: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the tokens and, as far as they are known, true features and codes; on the CPU."""
+    if not (truth is None or isinstance(truth, tuple) or hasattr(truth, "features")):
+        raise TypeError(
+            "truth must be a SyntheticActivations or the pair (features, codes), got "
+            f"{type(truth).__name__}"
+        )
     if isinstance(truth, tuple):
         features, z = (as_tensor(part).cpu() for part in truth)
         x = check_activations(data)[:n_tokens].cpu()

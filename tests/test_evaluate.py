@@ -169,3 +169,15 @@ def test_one_model_is_a_comparison_too_and_other_things_are_named(data):
         ps.evaluate([ps.fit(model, data, n_steps=1, batch_size=8)], x)
     with pytest.raises(TypeError, match="got str"):
         ps.evaluate("run", x)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_features_without_codes_are_no_truth(data):
+    model = ps.TopKSAE(data.d_in, 10, k=2)
+    with pytest.raises(TypeError, match=r"pair \(features, codes\), got ndarray"):
+        ps.evaluate(model, data.sample(64)[0], truth=data.features.numpy())
+
+
+def test_a_printed_report_is_its_table(data):
+    report = ps.evaluate(ps.TopKSAE(data.d_in, 10, k=2), data, n_tokens=64)
+    assert str(report) == report.to_markdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ class FitResult:
     """
 
     model: SparseDictionary
-    history: dict[str, list[float | int]]
+    history: dict[str, list[float | int]] = field(repr=False)  # up to 1,200 numbers
     n_steps: int
     n_tokens: int
     failure: str | None = None

@@ -250,6 +250,9 @@ class SparseDictionary(nn.Module, ABC):
         """Reconstruct `x` from the posterior mean of its codes, with gradient."""
         return self.decode(self.posterior(x).mean)
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
+
     def fit(self, data: Any, **options: Any) -> SparseDictionary:
         """Fit to `data` through `probsae.fit` and return self; options are passed on."""
         from probsae.inference.fit import fit  # the engine imports the models, not they it

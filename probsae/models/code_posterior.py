@@ -48,6 +48,9 @@ class CodePosterior:
         self.pre_activation = pre_activation
         self.log_evidence = log_evidence
 
+    def __repr__(self) -> str:
+        return f"CodePosterior(shape={tuple(self.distribution.batch_shape)})"
+
     @property
     def is_point(self) -> bool:
         """Whether all mass is on one code: a deterministic method's."""
@@ -124,7 +127,11 @@ def check_codes(z: Tensor | np.ndarray, d_sae: int) -> Tensor:
     ------
     ValueError
         If the last axis is not d_sae long.
+    TypeError
+        If a posterior came instead of codes.
     """
+    if isinstance(z, CodePosterior):
+        raise TypeError("z must be codes, got a CodePosterior; pass its mean, or draws of it")
     z = torch.as_tensor(z)
     if z.ndim == 0 or z.shape[-1] != d_sae:
         raise ValueError(

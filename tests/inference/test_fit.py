@@ -72,6 +72,7 @@ def test_an_iterator_that_ends_ends_the_fit(source):
     with pytest.warns(UserWarning, match="ended after 3 of 30 steps"):
         result = ps.fit(small_model(), iter([x, x, x]), **OPTIONS)
     assert result.n_steps == 3
+    assert "loss" not in repr(result)  # a notebook shows what ends a cell, and not 1,200 numbers
     assert result.n_tokens == 3 * 64  # whatever batch_size says: an iterator's batches are its own
 
 

@@ -19,6 +19,7 @@ from probsae.metrics import (
     support_chance,
     support_scores,
 )
+from probsae.models import TopKSAE
 
 EYE = torch.eye(3)
 HALF = math.sqrt(0.5)
@@ -108,6 +109,13 @@ def test_chance_level_is_that_of_random_directions():
 def test_width_mismatch_is_named():
     with pytest.raises(ValueError, match="d_in"):
         mmcs(torch.randn(3, 4), torch.randn(3, 5))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_model_is_not_its_dictionary():
+    model = TopKSAE(4, 6, k=1)
+    with pytest.raises(TypeError, match=r"got TopKSAE; pass its dictionary\(\)"):
+        mmcs(model, model.W_dec)
 
 
 @pytest.mark.slow

@@ -65,6 +65,21 @@ every = pytest.mark.parametrize("variant", VARIANTS + NON_LINEAR, ids=name)
 every_linear = pytest.mark.parametrize("variant", VARIANTS, ids=name)
 
 
+@every
+def test_what_is_printed_says_what_it_is(variant):
+    model, x = build(variant)
+    for key, value in model.hyperparameters().items():
+        assert f"{key}={value!r}" in repr(model)
+    assert repr(model.encode(x)) == f"CodePosterior(shape=({N_TOKENS}, {D_SAE}))"
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_posterior_is_not_decoded():
+    model, x = build((models.TopKSAE, {}))
+    with pytest.raises(TypeError, match="got a CodePosterior; pass its mean"):
+        model.decode(model.encode(x))
+
+
 def test_every_model_is_found():
     assert len(CLASSES) >= 10
 
