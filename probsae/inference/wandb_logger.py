@@ -54,6 +54,8 @@ class WandbLogger(Callback):
             "seed": state.seed,
             **self.settings.get("config", {}),
         }
+        if self.directory:
+            Path(self.directory).mkdir(parents=True, exist_ok=True)  # wandb warns of none
         self.run = wandb.init(
             project=self.project,
             mode=mode,

@@ -585,6 +585,13 @@ def test_wandb_writes_an_offline_run(source, tmp_path, monkeypatch):
     assert files[0].stat().st_size > 0
 
 
+def test_wandb_makes_its_folder_in_silence(source, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("WANDB_SILENT", raising=False)
+    logger = WandbLogger(directory=tmp_path / "runs", mode="offline")
+    ps.fit(small_model(), source, callbacks=[logger], **OPTIONS)
+    assert "WARNING" not in "".join(capfd.readouterr())
+
+
 def test_a_failed_fit_s_wandb_run_is_finished(source, tmp_path):
     import wandb
 
