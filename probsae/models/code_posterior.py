@@ -78,7 +78,7 @@ class CodePosterior:
             return q.v.sign().abs()  # eager a third of what comparing and converting takes
         threshold = self.activity_threshold
         if not isinstance(threshold, Tensor):
-            threshold = torch.full_like(q.mean, threshold)  # which an ensemble can trace
+            threshold = q.mean.new_full((), threshold)  # which an ensemble can trace
         above = 1 - q.cdf(threshold)
         return above if isinstance(q, TruncatedNormal) else above + q.cdf(-threshold)
 
