@@ -27,6 +27,7 @@ from probsae.activations.source import (
     take,
 )
 from probsae.models.code_posterior import CodePosterior, PointPosterior, check_codes
+from probsae.seeding import numpy_untouched
 
 
 class Baseline(ABC):
@@ -95,7 +96,8 @@ class Baseline(ABC):
                 f"d_sae={self.d_sae}, got {len(x)} tokens"
             )
         check_tokens_differ(x)
-        with warnings.catch_warnings():
+        # scikit-learn's Lasso draws from numpy's generator whatever seed its caller was given.
+        with warnings.catch_warnings(), numpy_untouched():
             # The budget is set by the caller; that it ended the search is no news to a comparison.
             warnings.simplefilter("ignore", ConvergenceWarning)
             directions, offset = self._find(x.double().numpy())
@@ -112,7 +114,8 @@ class Baseline(ABC):
         """Return the codes of `x`, shape (token, d_in), as a point posterior."""
         W_dec, _ = self._fitted()
         x = check_activations(x, W_dec.shape[1]).float().cpu()
-        return PointPosterior(self._codes(x))
+        with numpy_untouched():
+            return PointPosterior(self._codes(x))
 
     def decode(self, z: Float[Tensor, "*batch d_sae"] | np.ndarray) -> Float[Tensor, "*batch d_in"]:
         """Return the activations that the codes `z`, a tensor or an array, stand for."""

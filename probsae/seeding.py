@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -24,3 +25,13 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
             with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def numpy_untouched() -> Iterator[None]:
+    """Leave numpy's global generator after the block where it was before it."""
+    state = np.random.get_state()  # noqa: NPY002 (others draw from it)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
