@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -65,7 +65,8 @@ def polish(
     data : tensor, array, ActivationStore, synthetic source or iterable of batches
         Activations, (token, d_in). The first batch is held out.
     n_tokens : int, optional
-        Tokens of a pass; all of the data where they have a size, else 200,000.
+        Tokens of a pass, in whole batches; all that are not held out where the data have a size
+        (never more: a token counts once), else at most 200,000.
     n_passes : int, default 1
         Passes, each from codes under the dictionary of the one before.
     batch_size : int, default 4096
@@ -132,10 +133,12 @@ def polish(
     >>> tuple(posterior.direction_variance.shape)
     (32,)
     """
-    for name, value in (("n_passes", n_passes), ("batch_size", batch_size)):
-        if value < 1:
+    counts = {"n_passes": n_passes, "batch_size": batch_size}
+    counts |= {"n_tokens": n_tokens, "block_size": block_size}
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not (prior_weight > 0 and 0 <= forgetting_rate < 1):
+    if not (0 < prior_weight < math.inf and 0 <= forgetting_rate < 1):
         raise ValueError(
             "prior_weight must be positive and forgetting_rate at least 0 and below 1, "
             f"got {prior_weight} and {forgetting_rate}"
@@ -143,9 +146,12 @@ def polish(
     if n_passes > 1 and isinstance(data, Iterator):
         raise ValueError("an iterator can be passed over once; give polish a tensor or a store")
     size = size_of(data)
-    if size is not None:  # no more than a tenth is held out, and no token of it used
+    if size == 1:
+        raise ValueError("data must hold at least two tokens, of which one is held out, got 1")
+    if size:  # no more than a tenth is held out, and no token of it used
         batch_size = min(batch_size, max(1, size // 10))
-    n_tokens = n_tokens or (size - batch_size if size else _N_TOKENS)
+        n_tokens = min(n_tokens or size, size - batch_size)
+    n_tokens = n_tokens or _N_TOKENS
     if compile is None:
         n_codes = n_tokens * n_passes * model.d_sae
         compile = not model.b_dec.is_cuda and n_codes > _COMPILE_FROM and has_compiler()
@@ -160,7 +166,7 @@ def polish(
         held_out = _first(stream, model.d_in)
         guard = guard or HeldOutGuard(expectation, held_out)
         sums.clear()
-        for x in _with_bar(stream, max(1, n_tokens // batch_size), progress):
+        for x in _pass(stream, n_tokens, progress):
             sums.fade(1 - forgetting_rate)
             sums.add(x, expectation(x))
             if forgetting_rate:
@@ -187,12 +193,20 @@ def _first(stream: Iterator[Tensor], d_in: int) -> Tensor:
     return check_activations(first, d_in)
 
 
-def _with_bar(stream: Iterator[Tensor], n_batches: int, progress: bool | None) -> tqdm:
-    return tqdm(
-        itertools.islice(stream, n_batches),
-        total=n_batches,
-        desc="polish",
-        unit="batch",
-        delay=2,
-        disable=None if progress is None else not progress,
-    )
+def _pass(stream: Iterator[Tensor], n_tokens: int, progress: bool | None) -> Iterator[Tensor]:
+    """Yield whole batches of at most `n_tokens` tokens together; part of one that is larger.
+
+    The rest of a pass, less than a batch, is left out: a last batch of another size would be
+    compiled for.
+    """
+    is_hidden = None if progress is None else not progress
+    with tqdm(
+        total=n_tokens, desc="polish", unit="token", unit_scale=True, delay=2, disable=is_hidden
+    ) as bar:
+        for x in stream:
+            x = x[:n_tokens]
+            yield x
+            bar.update(len(x))
+            n_tokens -= len(x)
+            if n_tokens < len(x):  # before the next one is asked for: making it costs something
+                return

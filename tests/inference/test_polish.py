@@ -12,7 +12,7 @@ import torch
 
 import probsae as ps
 from probsae.inference import elbo_terms
-from probsae.inference.variational_em import _State
+from probsae.inference.variational_em import Sums, _State
 from probsae.models.code_priors import learned_spike_slab
 
 N_FEATURES = 48
@@ -243,6 +243,9 @@ def test_saved_and_read_back_it_is_the_same(problem, tmp_path):
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"prior_weight": 0.0}, ValueError, "prior_weight"),
         ({"forgetting_rate": 1.0}, ValueError, "forgetting_rate"),
+        ({"prior_weight": math.inf}, ValueError, "prior_weight"),
+        ({"n_tokens": -4}, ValueError, "n_tokens must be at least 1, got -4"),
+        ({"block_size": -1}, ValueError, "block_size must be at least 1, got -1"),
     ],
 )
 def test_bad_arguments_change_nothing(problem, options, error, message):
@@ -266,6 +269,42 @@ def test_what_cannot_be_polished_says_so():
     assert torch.equal(before, vae.W_dec)
     with pytest.raises(ValueError, match="held out"):
         ps.polish(ps.SpikeSlabDictionary(4, 8), iter([x]))
+
+
+def tokens_of_a_pass(monkeypatch, data, **options) -> list[int]:
+    """Sizes of the batches that `polish` learns from."""
+    sizes = []
+    add = Sums.add
+    monkeypatch.setattr(Sums, "add", lambda *args: sizes.append(len(args[1])) or add(*args))
+    ps.polish(ps.SpikeSlabDictionary(4, 6), data, **options)
+    monkeypatch.undo()
+    return sizes
+
+
+def test_tokens_of_a_pass_are_counted_whatever_the_size_of_the_batches(monkeypatch):
+    x = torch.randn(500, 4)
+    # The first batch is held out.
+    assert tokens_of_a_pass(monkeypatch, list(x.split(100)), batch_size=300) == [100] * 4
+    assert tokens_of_a_pass(monkeypatch, list(x.split(250)), n_tokens=30) == [30]
+    assert tokens_of_a_pass(monkeypatch, x, batch_size=40, n_tokens=130) == [40, 40, 40]
+    assert tokens_of_a_pass(monkeypatch, x, batch_size=40, n_tokens=20) == [20]
+    stream = iter(x.split(100))
+    assert tokens_of_a_pass(monkeypatch, stream, n_tokens=250) == [100, 100]
+    assert len(list(stream)) == 2  # no batch is taken that is not used
+
+
+def test_held_out_tokens_stay_held_out(monkeypatch):
+    """However many are asked for: seen twice they would also count as two."""
+    seen = []
+    add = Sums.add
+    monkeypatch.setattr(Sums, "add", lambda *args: seen.append(args[1]) or add(*args))
+    x = torch.randn(200, 4)
+    ps.polish(ps.SpikeSlabDictionary(4, 6), x, n_tokens=600)
+    tokens = torch.cat(seen)
+    assert len(tokens) == 180
+    assert len(tokens.unique(dim=0)) == 180
+    with pytest.raises(ValueError, match="at least two tokens"):
+        ps.polish(ps.SpikeSlabDictionary(4, 6), x[:1])
 
 
 def test_an_iterator_is_passed_over_once():
