@@ -1,6 +1,7 @@
 """Whether stated probabilities of being active are true.
 
 All functions take matched features: column j of the prediction and of the truth are one feature.
+They raise ValueError where the two differ in shape, or a probability is NaN.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def brier(
     p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> float:
     """Mean squared difference of probability and event; in [0, 1], lower is better."""
-    return float((as_tensor(p_active).double() - as_tensor(is_true).double()).square().mean())
+    p, event = _pairs(p_active, is_true)
+    return float((p - event.double()).square().mean())
 
 
 def brier_ratio(
@@ -42,12 +44,11 @@ def log_score_per_positive(
     p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> float:
     """Log-probability of all events over the number of active codes; nats, higher is better."""
-    is_true = as_tensor(is_true)
-    n_positive = int(is_true.sum())
+    p, event = _pairs(p_active, is_true)
+    n_positive = int(event.sum())
     if n_positive == 0:
         raise ValueError("the truth must hold at least one active code")
-    p = as_tensor(p_active).double()
-    return float(_log_in_float32(torch.where(is_true, p, 1 - p)).sum() / n_positive)
+    return float(_log_in_float32(torch.where(event, p, 1 - p)).sum() / n_positive)
 
 
 class Reliability(NamedTuple):
@@ -73,7 +74,7 @@ def reliability(
     """Compare stated with observed frequency in `n_bins` equal bins of the probability."""
     if n_bins < 1 or not 0 <= band[0] < band[1] <= 1:
         raise ValueError(f"need n_bins >= 1 and 0 <= low < high <= 1, got {n_bins} and {band}")
-    p, event = as_tensor(p_active).double().flatten(), as_tensor(is_true).flatten()
+    p, event = (values.flatten() for values in _pairs(p_active, is_true))
     is_inside = (p >= band[0]) & (p <= band[1])
     p, event = p[is_inside], event[is_inside].double()
     index = ((p - band[0]) / (band[1] - band[0]) * n_bins).long().clamp(max=n_bins - 1)
@@ -176,7 +177,7 @@ def inclusion_by_magnitude(
     inner = torch.tensor([0.0, *edges], dtype=torch.float64, device=z.device)
     size = z.double().abs().flatten()
     index, n_strata = torch.bucketize(size, inner), len(inner) + 1
-    p, event = p_active.double().flatten(), size > 0
+    p, event = (values.flatten() for values in _pairs(p_active, z != 0))
     count = torch.bincount(index, minlength=n_strata)
 
     def mean(value: Tensor) -> Tensor:
@@ -197,3 +198,19 @@ def inclusion_by_magnitude(
 def _log_in_float32(p: Tensor) -> Tensor:
     """Logarithm of a probability that float32 may have rounded to 0 or 1, finite there."""
     return p.clamp(1e-7, 1 - 1e-7).log()
+
+
+def _pairs(p_active: ArrayLike, is_true: ArrayLike) -> tuple[Tensor, Tensor]:
+    """Return probabilities in float64, and whether each came true.
+
+    Shapes that broadcast would be scored against other features' truth; NaN lies in no bin.
+    """
+    p, event = as_tensor(p_active).double(), as_tensor(is_true)
+    if p.shape != event.shape:
+        raise ValueError(
+            "p_active and the truth must have one shape, a column for each matched feature, got "
+            f"{tuple(p.shape)} and {tuple(event.shape)}"
+        )
+    if bool(p.isnan().any()):
+        raise ValueError(f"p_active must be probabilities, got {int(p.isnan().sum())} NaN")
+    return p, event.bool()

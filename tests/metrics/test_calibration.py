@@ -117,3 +117,17 @@ def test_nothing_active_is_an_error():
         log_score_per_positive(torch.rand(2, 2), torch.zeros(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="n_bins"):
         reliability(torch.rand(2, 2), torch.zeros(2, 2, dtype=torch.bool), n_bins=0)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "score", [brier, brier_ratio, log_score_per_positive, band_ece, reliability]
+)
+def test_what_is_not_of_the_same_features_or_no_probability_is_refused(score):
+    p, event = torch.rand(6, 3), torch.arange(18).reshape(6, 3) % 2 == 0
+    for other in (event[:, :1], event.T):  # one broadcasts, one has as many entries
+        with pytest.raises(ValueError, match=r"one shape.* got \(6, 3\) and "):
+            score(p, other)
+    p[:4] = math.nan
+    with pytest.raises(ValueError, match="12 NaN"):
+        score(p, event)
