@@ -59,6 +59,16 @@ def test_a_constant_feature_correlates_with_nothing():
     assert found[1, 1] == pytest.approx(1, abs=1e-6)
 
 
+def test_a_constant_feature_correlates_with_nothing_in_float64_either():
+    """There the mean of equal numbers is not quite that number."""
+    a = torch.stack([torch.full((30,), 0.1), torch.linspace(0, 1, 30)], dim=1).double()
+    a[:, 0] = 0.1
+    b = torch.stack([torch.rand(30), 1_000 + 1e-6 * torch.linspace(0, 2, 30).double()], dim=1)
+    found = correlation(a, b, 7, 23)
+    assert found[0].tolist() == [0, 0]
+    assert found[1, 1] == pytest.approx(1, abs=1e-6)  # it varies, if by little
+
+
 def test_counterparts_by_hand():
     """Each feature fires on one of four tokens, twice over; the second set has them elsewhere."""
     codes = torch.eye(4).repeat(2, 1)
