@@ -101,7 +101,8 @@ class DictionaryPosterior:
         """
         ends = tails(level)
         a, b = (c.cpu().numpy() for c in (self.rate.concentration1, self.rate.concentration0))
-        lower, upper = (torch.from_numpy(beta_law.ppf(u, a, b)) for u in ends)
+        device = self.rate.concentration1.device
+        lower, upper = (torch.from_numpy(beta_law.ppf(u, a, b)).to(device) for u in ends)
         return lower, upper
 
     def sample(self, n_draws: int = 1) -> Float[Tensor, "draw d_sae d_in"]:

@@ -89,6 +89,7 @@ def test_polishing(kind, models, device, near, tmp_path):
         value = getattr(its, what)
         torch.testing.assert_close(value, getattr(mine, what), check_device=False, **near)
     assert its.rate_interval()[0].shape == (32,)
+    assert its.rate_interval()[0].device.type == device
     assert its.sample(2).shape == (2, 32, 16)
     its.save(tmp_path / "posterior")
     torch.testing.assert_close(
