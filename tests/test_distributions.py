@@ -165,6 +165,17 @@ def test_evidence_far_below_zero_leaves_a_proper_law():
     assert bool((q.p_active < p.p_active).all())
 
 
+def test_tilting_the_slab_whose_ratio_is_bounded_is_bayes_rule_too():
+    """A `TruncatedNormal` below the bound is the one at it; its evidence is of that one."""
+    ratio = torch.tensor([-8.0, -8.1, -9, -12, -30], **DOUBLE)
+    p = SpikeSlab(torch.full((5,), -1.0, **DOUBLE), TruncatedNormal(ratio, 1.0))
+    q = TiltedSpikeSlab(p, torch.full((2, 5), 0.3, **DOUBLE), torch.full((5,), 4.0, **DOUBLE))
+    torch.testing.assert_close(q.p_active, q.p_active[:, :1].expand(2, 5))
+    torch.testing.assert_close(q.mean, q.mean[:, :1].expand(2, 5))
+    general = SpikeSlab(q.logits, q.slab)
+    torch.testing.assert_close(q.divergence, kl_divergence(general, p), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
 def test_slabs_far_from_zero_for_their_width(slab):
     """Codes of nearly one size: the ratio goes to 100, whose square exp does not hold."""

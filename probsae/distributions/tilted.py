@@ -136,6 +136,8 @@ class _Rows:
 
     def __init__(self, prior: SpikeSlab, precision: Tensor):
         loc, slab_precision = prior.slab.loc, prior.slab.scale.reciprocal().square()
+        if isinstance(prior.slab, TruncatedNormal):  # the law that it is: its ratio is bounded
+            loc = torch.maximum(loc, LOWEST_RATIO * prior.slab.scale)
         total = precision + slab_precision
         self.scale = total.rsqrt()
         self.gain = precision * self.scale
