@@ -160,7 +160,7 @@ class _GibbsState:
         if "dictionary" in sample:
             self._draw_dictionary()
         if "rates" in sample:
-            n_active = (self.codes != 0).sum(1)
+            n_active = (self.codes != 0).double().sum(1)
             a, b = self.rate_prior
             n_tokens = self.codes.shape[1]
             self.rate = Beta(a + n_active, b + n_tokens - n_active).sample()
