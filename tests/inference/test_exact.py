@@ -60,6 +60,54 @@ def test_one_feature_equals_quadrature(slab):
     assert float(exact.variance) == pytest.approx(variance, abs=1e-4)
 
 
+def test_a_code_that_varies_more_than_any_slab_has_its_variance():
+    """Alone it is near zero, beside the feature that points the other way it is anything."""
+    model = ps.SpikeSlabDictionary(1, 2, slab="half_normal", noise_scale=0.05)
+    with torch.no_grad():
+        model.W_dec.copy_(torch.tensor([[1.0], [-1.0]]))
+        model.code_prior.rate_logit.fill_(-1.0)
+    z = torch.linspace(0, 6, 6_001, dtype=torch.float64)
+    slab = 2 * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) * z[1]
+    slab[0] /= 2  # the trapezoid rule
+    rate = 1 / (1 + math.e)
+
+    def likelihood(error):
+        return torch.exp(-error.square() / (2 * 0.05**2))
+
+    alone = rate * (1 - rate) * slab * likelihood(z)
+    beside = rate**2 * slab * (likelihood(z[:, None] - z) @ slab)
+    weight = (alone + beside) / ((1 - rate) ** 2 + 2 * alone.sum() + beside.sum())
+    first, second = (weight * z).sum(), (weight * z.square()).sum()
+    exact = enumerate_supports(model, torch.zeros(1, 1), n_points=4_096)
+    deviation = (second / weight.sum() - (first / weight.sum()).square()).sqrt()
+    assert deviation > 1.5 * first / weight.sum()  # at most 1 for a normal on the half line
+    torch.testing.assert_close(exact.mean[0, 0], first, rtol=1e-3, atol=0)
+    torch.testing.assert_close(exact.variance[0, 0], second - first.square(), rtol=1e-3, atol=0)
+
+
+def test_a_code_that_is_all_but_ruled_out_has_a_law_on_the_half_line():
+    model = small_model("truncated_normal", d_in=3, d_sae=4)
+    with torch.no_grad():
+        model.code_prior.rate_logit[0] = -40.0  # less likely than what is left out
+    exact = enumerate_supports(model, -3 * model.directions[:1].detach())
+    assert (exact.mean >= 0).all()
+    assert (exact.distribution.slab.scale > 0).all()
+    assert (exact.sample(100) >= 0).all()
+
+
+def test_a_slab_below_the_bound_of_its_ratio_is_the_one_that_the_model_has():
+    """Below -8 a truncated normal keeps its ratio; a prior of that ratio is the same one."""
+    below, at = small_model("truncated_normal"), small_model("truncated_normal")
+    with torch.no_grad():
+        below.code_prior.slab_mean.fill_(-12 * 0.7)
+        at.code_prior.slab_mean.fill_(-8 * 0.7)
+    x = torch.tensor([[0.3, 0.1], [-0.4, 0.6]])
+    for infer in (enumerate_supports, ps.refine, lambda m, x: m.encode(x)):
+        one, other = infer(below, x), infer(at, x)
+        torch.testing.assert_close(one.p_active, other.p_active, rtol=1e-3, atol=0)
+        torch.testing.assert_close(one.mean, other.mean, rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize("slab", SLABS)
 def test_gibbs_agrees_with_enumeration(slab):
     model = small_model(slab, d_in=3, d_sae=5)
@@ -121,6 +169,8 @@ def test_gibbs_finds_dictionary_rates_and_noise_from_a_wrong_start():
     x = data.sample(600)[0]
     everything = ("codes", "dictionary", "rates", "noise")
     draws = gibbs(model, x, sample=everything, n_draws=100, n_warmup=200, n_chains=2)
+    values = (draws.codes, draws.dictionary, draws.rate, draws.noise_scale)
+    assert all(value.dtype == torch.float64 for value in values)
     assert float(draws.noise_scale.mean()) == pytest.approx(0.1, rel=0.1)
     assert float(draws.rate.mean()) == pytest.approx(0.25, abs=0.05)
     for chain in draws.dictionary.mean(1).float():

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from probsae.activations.source import check_activations
-from probsae.distributions import SpikeSlab, TruncatedNormal
-from probsae.distributions.truncated_normal import match_moments
+from probsae.distributions import KnownSpikeSlab, SpikeSlab, TruncatedNormal
+from probsae.distributions.truncated_normal import LOWEST_RATIO, match_moments
 from probsae.inference.elbo import require_linear_decoder
 from probsae.inference.refine import spike_slab_prior
 from probsae.models.base import SparseDictionary
@@ -55,7 +55,8 @@ def enumerate_supports(
     CodePosterior
         `log_evidence` (nats per token), `p_active`, `mean` and `variance` are exact, in float64.
         The codes' joint law is no product of marginals, and a marginal's slab is a mixture:
-        `interval` and `sample` are those of independent slabs with the same first two moments.
+        `interval` and `sample` are those of independent slabs with the same first two moments, or
+        on the half line, where a mixture may be wider than any slab, as near as one comes.
 
     Raises
     ------
@@ -97,7 +98,8 @@ def enumerate_supports(
         slab = match_moments(slab_mean, variance)
     else:
         slab = Normal(slab_mean, variance.sqrt(), validate_args=False)
-    law = SpikeSlab(p_active.logit(), slab, validate_args=False)
+    exact = (p_active, mean, (second - mean.square()).clamp(min=0))
+    law = KnownSpikeSlab(type(slab), p_active.logit(), slab.loc, slab.scale, *exact)
     return CodePosterior(law, log_evidence=log_evidence)
 
 
@@ -120,6 +122,8 @@ class FixedDictionary:
     def of(model: SparseDictionary, prior: SpikeSlab) -> FixedDictionary:
         loc, scale = prior.slab.loc.double(), prior.slab.scale.double()
         is_half_line = isinstance(prior.slab, TruncatedNormal)
+        if is_half_line:  # the law that `TruncatedNormal` is: its ratio has a lower bound
+            loc = torch.maximum(loc, LOWEST_RATIO * scale)
         log_slab = -scale.log() - 0.5 * (loc / scale).square()
         if is_half_line:
             log_slab = log_slab - torch.special.log_ndtr(loc / scale)
@@ -191,15 +195,19 @@ class FixedDictionary:
         log_weight = log_weight + torch.where(
             is_in, self.log_rate + self.log_slab, self.log_rest
         ).sum(-1)
-        second = mean.square() + covariance.diagonal(dim1=-2, dim2=-1)
-        if self.is_half_line and supports.shape[1]:
-            # A probability is at most 1, so the Gaussian's weight is a bound.
-            token, support = torch.nonzero(log_weight > least[:, None], as_tuple=True)
-            factor = torch.linalg.cholesky(covariance)
-            found = _orthant_moments(mean[token, support], factor[support], n_points)
-            log_weight[token, support] += found[0]
-            mean[token, support], second[token, support] = found[1:]
-        return log_weight, mean, second
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        if not (self.is_half_line and supports.shape[1]):
+            return log_weight, mean, mean.square() + variance
+        # A probability is at most 1, so the Gaussian's weight is a bound. Where that is kept, each
+        # code's own half line gives the moments: a rare feature may have no others.
+        alone = TruncatedNormal(mean, variance.sqrt(), validate_args=False)
+        first, second = alone.mean.clone(), alone.variance + alone.mean.square()
+        token, support = torch.nonzero(log_weight > least[:, None], as_tuple=True)
+        factor = torch.linalg.cholesky(covariance)
+        found = _orthant_moments(mean[token, support], factor[support], n_points)
+        log_weight[token, support] += found[0]
+        first[token, support], second[token, support] = found[1:]
+        return log_weight, first, second
 
 
 def _orthant_moments(
