@@ -14,6 +14,7 @@ from probsae.activations.source import check_activations
 from probsae.arviz_face import from_dict
 from probsae.inference.elbo import elbo_terms
 from probsae.models.base import SparseDictionary
+from probsae.models.code_priors import learned_spike_slab
 from probsae.seeding import seeded
 
 # Without chain and draw. `activations` has no dimension axis in `log_likelihood`, where arviz takes
@@ -104,7 +105,8 @@ def to_arviz(
         else:
             kl = model.kl(posterior)
             elbo = log_likelihood.mean(0) - kl
-    rate = getattr(model, "firing_rate", posterior.p_active.mean(0)).detach()
+    prior = learned_spike_slab(model)
+    rate = posterior.p_active.mean(0) if prior is None else prior.rate
 
     def shaped(value: Tensor) -> np.ndarray:
         return value.detach().cpu().double().numpy().reshape(n_chains, n_draws, *value.shape[1:])

@@ -43,6 +43,14 @@ def test_groups_and_dims(idata):
     assert idata.observed_data.activations.dims == ("token", "dimension")
 
 
+def test_firing_rates_are_the_prior_s_wherever_it_has_some():
+    model = ps.SparseVAE(4, 6)
+    idata = ps.to_arviz(model, torch.randn(3, 4), n_draws=2)
+    assert model.code_prior is not None
+    expected = model.code_prior.rate.detach().numpy()
+    np.testing.assert_allclose(idata.posterior.firing_rate.values[1, 1], expected, rtol=1e-6)
+
+
 def test_draws_have_the_posterior_s_moments(fitted, idata):
     model, x = fitted
     posterior = model.encode(x)
