@@ -43,7 +43,7 @@ def dictionaries_to_arviz(
     posteriors: Sequence[DictionaryPosterior],
     x: Float[Tensor, "token d_in"] | np.ndarray,
     *,
-    features: Sequence[int] | None = None,
+    features: Sequence[int] | np.ndarray | Tensor | None = None,
     n_draws: int = 100,
     n_importance: int = 200,
     seed: int = 0,
@@ -66,7 +66,7 @@ def dictionaries_to_arviz(
         What `polish` returned for each.
     x : Tensor, shape (token, d_in)
         Held-out activations; a hundred tell families apart.
-    features : sequence of int, optional
+    features : sequence, array or tensor of int, optional
         Features of the first fit whose directions are kept; all where None.
     n_draws : int, default 100
         Dictionaries drawn from each fit's posterior.
@@ -254,11 +254,15 @@ def _check(
         require_linear_decoder(model)
 
 
-def _check_features(features: Sequence[int] | None, d_sae: int) -> list[int]:
-    chosen = list(range(d_sae)) if features is None else list(features)
-    if not chosen or not 0 <= min(chosen) <= max(chosen) < d_sae:
-        raise ValueError(f"features must be some of 0 to {d_sae - 1}, got {chosen}")
-    return chosen
+def _check_features(features: Sequence[int] | np.ndarray | Tensor | None, d_sae: int) -> list[int]:
+    chosen = torch.arange(d_sae) if features is None else torch.as_tensor(features)
+    is_count = not (chosen.is_floating_point() or chosen.dtype == torch.bool)  # no mask, say
+    rows = chosen.tolist()
+    if not (is_count and chosen.ndim == 1 and 0 <= min(rows) <= max(rows) < d_sae):
+        raise ValueError(
+            f"features must be some of 0 to {d_sae - 1}, whole numbers in a row, got {rows}"
+        )
+    return rows
 
 
 def _check_size(

@@ -86,8 +86,9 @@ def test_chains_are_in_the_first_fits_order():
         posterior = ps.DictionaryPosterior(Rows(rows[index], cholesky), rate, precision, None, [])
         fits.append((model, posterior))
     models, posteriors = zip(*fits, strict=True)
+    chosen = torch.tensor([4, 1])
     idata = ps.dictionaries_to_arviz(
-        models, posteriors, torch.randn(3, D_IN), n_draws=20, features=[4, 1]
+        models, posteriors, torch.randn(3, D_IN), n_draws=20, features=chosen
     )
     assert idata.posterior.feature.values.tolist() == [4, 1]
     assert float(idata.posterior.cosine.min()) > 0.999
@@ -137,7 +138,8 @@ def test_laplace_and_bad_input(polished):
         ps.dictionaries_to_arviz(models, posteriors[:1], x)
     with pytest.raises(ValueError, match="one shape"):
         ps.dictionaries_to_arviz([models[0], ps.SpikeSlabDictionary(D_IN, 9)], posteriors, x)
-    for features in ([D_SAE], [-1], []):
+    mask = torch.arange(D_SAE) < 2
+    for features in ([D_SAE], [-1], [], torch.tensor([1.5]), mask):
         with pytest.raises(ValueError, match="features must be"):
             ps.dictionaries_to_arviz(models, posteriors, x, features=features)
     with pytest.raises(ValueError, match="n_draws"):
