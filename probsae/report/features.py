@@ -217,7 +217,8 @@ def rate_interval(count: Values, n_tokens: int, level: float = 0.9) -> tuple[Val
     """Equal-tailed interval of a firing rate after `count` active of `n_tokens` independent tokens.
 
     Quantiles of Beta(1/2 + count, 1/2 + n_tokens - count); the lower end is 0 where nothing was
-    active, the upper 1 where all were.
+    active, the upper 1 where all were. Expected counts may lie between, 1e-20 say: an interval
+    holds its own rate.
 
     Examples
     --------
@@ -230,7 +231,7 @@ def rate_interval(count: Values, n_tokens: int, level: float = 0.9) -> tuple[Val
     a, b = 0.5 + count, 0.5 + np.maximum(n_tokens - count, 0)
     lower = np.where(count > 0, beta.ppf(tail, a, b), 0.0)
     upper = np.where(count < n_tokens, beta.ppf(1 - tail, a, b), 1.0)
-    return lower, upper
+    return np.minimum(lower, count / n_tokens), np.maximum(upper, count / n_tokens)
 
 
 def _values(values: Tensor | np.ndarray) -> Values:

@@ -75,6 +75,14 @@ def test_rate_interval_covers_as_often_as_it_says():
     assert (ours[0][0], ours[1][-1]) == (0, 1)
 
 
+def test_rate_interval_holds_its_own_rate():
+    """Also that of a feature which is never active, but for what an encoder's tails add up to."""
+    count = np.array([0.0, 1e-20, 1e-4, 0.01, 1.0, 300 - 1e-4, 300.0])
+    lower, upper = rate_interval(count, 300)
+    assert (lower <= count / 300).all()
+    assert (upper >= count / 300).all()
+
+
 def test_top_examples_are_the_largest_codes(x, text):
     dense = Planted(D_IN).encode(x)
     data = gather_features(Planted(D_IN), x, text=text)
