@@ -67,6 +67,8 @@ class CrossCorrelation:
     def value(self) -> Float[Tensor, "first second"]:
         """Return the correlations; 0 where a feature is constant, and so tells nothing.
 
+        NaN where one has codes that are not finite.
+
         Raises
         ------
         ValueError
@@ -77,7 +79,7 @@ class CrossCorrelation:
         size_a = _without_rounding(self.square_a, self.mean_a, self.n_tokens)
         size_b = _without_rounding(self.square_b, self.mean_b, self.n_tokens)
         scale = torch.outer(size_a.sqrt(), size_b.sqrt())
-        value = torch.where(scale > 0, self.cross / scale.clamp(min=1e-300), 0.0)
+        value = torch.where(scale == 0, 0.0, self.cross / scale.clamp(min=1e-300))
         return value.clamp(-1, 1).float()
 
 
@@ -88,7 +90,7 @@ def _without_rounding(
 
     A mean of n equal doubles is off by some n ^ .5 of their last digits, 2e-16 each.
     """
-    return torch.where(square > n_tokens * (1e-12 * mean).square(), square, 0.0)
+    return torch.where(square <= n_tokens * (1e-12 * mean).square(), 0.0, square)
 
 
 class Counterparts(NamedTuple):

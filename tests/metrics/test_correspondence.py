@@ -69,6 +69,14 @@ def test_a_constant_feature_correlates_with_nothing_in_float64_either():
     assert found[1, 1] == pytest.approx(1, abs=1e-6)  # it varies, if by little
 
 
+def test_what_is_not_finite_does_not_pass_for_constant():
+    a, b = torch.randn(30, 2), torch.randn(30, 3)
+    a[4, 0] = torch.nan
+    found = correlation(a, b, 7, 23)
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
+
+
 def test_counterparts_by_hand():
     """Each feature fires on one of four tokens, twice over; the second set has them elsewhere."""
     codes = torch.eye(4).repeat(2, 1)
