@@ -198,6 +198,8 @@ def test_boundaries():
     x = torch.randn(2, 4)
     with pytest.raises(ValueError, match="at most 16 features, got 17"):
         enumerate_supports(ps.SpikeSlabDictionary(4, 17), x)
+    with pytest.raises(ValueError, match="n_points"):
+        enumerate_supports(ps.SpikeSlabDictionary(4, 5), x, n_points=0)
     with pytest.raises(TypeError, match="spike-and-slab"):
         gibbs(ps.LaplaceDictionary(4, 5), x)
     with pytest.raises(ValueError, match="weather"):

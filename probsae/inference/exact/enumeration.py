@@ -61,7 +61,7 @@ def enumerate_supports(
     Raises
     ------
     ValueError
-        If the model has more than 16 features or its decoder is not linear.
+        If the model has more than 16 features, its decoder is not linear, or there are no points.
     TypeError
         If its prior is not spike-and-slab.
 
@@ -78,6 +78,8 @@ def enumerate_supports(
     >>> bool((ps.inference.elbo_terms(model, x).elbo <= exact.log_evidence).all())
     True
     """
+    if n_points < 1:
+        raise ValueError(f"n_points must be at least 1, got {n_points}")
     if model.d_sae > MAX_FEATURES:
         raise ValueError(
             f"enumeration takes 2^d_sae supports and at most {MAX_FEATURES} features, "
