@@ -26,7 +26,7 @@ def polished():
         torch.manual_seed(seed)
         model = ps.SpikeSlabDictionary(d_in=D_IN, d_sae=D_SAE)
         ps.fit(model, data, n_steps=300, batch_size=128, seed=seed)
-        fits.append((model, ps.polish(model, data, n_tokens=2_000, progress=False)))
+        fits.append((model, ps.polish(model, data, n_tokens=4_096, progress=False)))
     models, posteriors = zip(*fits, strict=True)
     return models, posteriors, data.sample(N_TOKENS)[0]
 
