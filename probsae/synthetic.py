@@ -36,6 +36,8 @@ Stream = Literal["features", "sample", "batches"]
 _N_FACTORS, _SHARED_VARIANCE = 8, 0.5
 # Of a hierarchy: the most frequent features of each group of four are parents of the others.
 _FAMILY = 4
+# Below this mean of a magnitude, in its scales, the mass above zero leaves float64.
+_LOWEST_MEAN = -36.0
 
 
 class SyntheticActivations:
@@ -63,7 +65,7 @@ class SyntheticActivations:
         their parent does; every feature keeps its firing probability.
     magnitudes : {"uniform", "uniform_product"} or (mean, scale)
         Size of an active code: U(0, 1); the product of two such (20% are below .05); or
-        Normal(mean, scale) given that it is positive.
+        Normal(mean, scale) given that it is positive, its mean at least -36 scales.
     noise_scale : float, default 0
         Standard deviation of Gaussian noise in each dimension.
     seed : int, default 0
@@ -245,8 +247,9 @@ class SyntheticActivations:
         assert not isinstance(self.magnitudes, str)
         mean, scale = self.magnitudes
         # By inversion from the upper tail: z = mean - scale ndtri(u ndtr(mean/scale)), float64.
-        mass = torch.special.ndtr(torch.tensor(mean / scale, dtype=torch.float64))
-        tail = uniform().double().clamp(min=1e-12) * mass.to(self.device)
+        # erfc has the tail's digits; torch's ndtr is 0 below -8.3.
+        mass = 0.5 * math.erfc(-mean / scale / math.sqrt(2))
+        tail = uniform().double().clamp(min=1e-12) * mass
         return (mean - scale * torch.special.ndtri(tail)).float().clamp(min=0)
 
 
@@ -293,11 +296,12 @@ def _check_arguments(d_in, n_features, n_active, decay, correlation, magnitudes,
     if not 0 <= noise_scale < math.inf:
         raise ValueError(f"noise_scale must be at least 0 and finite, got {noise_scale}")
     if isinstance(magnitudes, list | tuple) and len(magnitudes) == 2:
-        is_known = all(math.isfinite(value) for value in magnitudes) and magnitudes[1] > 0
+        mean, scale = magnitudes
+        is_known = math.isfinite(mean) and 0 < scale < math.inf and mean >= _LOWEST_MEAN * scale
     else:
         is_known = magnitudes in ("uniform", "uniform_product")
     if not is_known:
         raise ValueError(
-            "magnitudes must be 'uniform', 'uniform_product' or (mean, scale) with scale > 0, "
-            f"got {magnitudes!r}"
+            "magnitudes must be 'uniform', 'uniform_product' or (mean, scale) with scale > 0 and "
+            f"mean >= {_LOWEST_MEAN:g} scale, got {magnitudes!r}"
         )
