@@ -1,11 +1,12 @@
 """Variational sparse dictionaries: sparse autoencoders with a posterior."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from probsae import baselines, inference, interop, metrics, models
+from probsae import inference, interop, metrics, models
 from probsae.comparison import Report
 from probsae.dictionary_posteriors import dictionaries_to_arviz
-from probsae.estimator import DictionaryEstimator
 from probsae.evaluate import evaluate
 from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.ensemble import fit_ensemble
@@ -31,6 +32,10 @@ from probsae.models import (
 )
 from probsae.posterior import to_arviz
 from probsae.synthetic import SyntheticActivations
+
+if TYPE_CHECKING:
+    from probsae import baselines
+    from probsae.estimator import DictionaryEstimator
 
 __version__ = version("probsae")
 
@@ -68,3 +73,16 @@ __all__ = [
     "save",
     "to_arviz",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs scikit-learn at its first use: it takes as long as all the rest."""
+    if name == "baselines":
+        return import_module("probsae.baselines")
+    if name == "DictionaryEstimator":
+        return import_module("probsae.estimator").DictionaryEstimator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,6 @@ from probsae.activations.source import (
 )
 from probsae.comparison import Report, Row
 from probsae.dictionary import Dictionary, posterior_batches
-from probsae.estimator import DictionaryEstimator
 from probsae.metrics.arrays import ArrayLike, as_tensor
 from probsae.models.base import SparseDictionary
 from probsae.scores import Scores
@@ -150,6 +149,8 @@ def _named(
 
 def _fitted(item: Dictionary) -> Dictionary:
     """Return the model inside a scikit-learn estimator, and anything else itself."""
+    from probsae.estimator import DictionaryEstimator  # and scikit-learn, in half a second
+
     if not isinstance(item, DictionaryEstimator):
         return item
     item.dictionary()  # which says so where it is not fitted

@@ -8,16 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._inductor
-from torch._functorch.partitioners import default_partition
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from probsae.inference.elbo import Objective, objective
-
-try:
-    from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
-except ImportError:  # a torch that has no such hooks; a step takes a third longer
-    CustomGraphPass, CustomPartitionerFn = None, None
 
 
 def has_compiler() -> bool:
@@ -27,18 +20,13 @@ def has_compiler() -> bool:
 
 def compiled_objective(on_cpu: bool) -> Callable[..., Objective]:
     """Compile `objective` afresh, for one fit."""
-    options: dict[str, Any] = {}
-    if on_cpu and CustomPartitionerFn is not None:
-        options["custom_partitioner_fn"] = _KeepWhatIsSaved()
-        options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
+    options = _cpu_passes(has_backward=True) if on_cpu else {}
     return torch.compile(_copy(objective), fullgraph=True, options=options)
 
 
 def compiled_function(function: types.FunctionType, on_cpu: bool) -> Callable[..., Any]:
     """Compile a function that is called without gradient, afresh and for batches of any size."""
-    options: dict[str, Any] = {}
-    if on_cpu and CustomGraphPass is not None:
-        options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
+    options = _cpu_passes() if on_cpu else {}
     return torch.compile(_copy(function), fullgraph=True, dynamic=True, options=options)
 
 
@@ -61,75 +49,18 @@ def compiled_graph(graph: GraphModule, inputs: Sequence[Any], on_cpu: bool) -> C
     every call, for a millisecond or more. On a CPU its kernels are called from C++: Python, which
     products drive out of the cache, takes some 40 microseconds a call, as many as a small kernel.
     """
-    options: dict[str, Any] = {"cpp_wrapper": on_cpu}
-    if on_cpu and CustomGraphPass is not None:
-        options["post_grad_custom_post_pass"] = _ProductsAsCpusLikeThem()
-    result: Any = torch._inductor.compile(graph, list(inputs), options=options)
+    import torch._inductor as inductor
+
+    options: dict[str, Any] = {"cpp_wrapper": on_cpu} | (_cpu_passes() if on_cpu else {})
+    result: Any = inductor.compile(graph, list(inputs), options=options)
     return result
 
 
-if CustomGraphPass is not None and CustomPartitionerFn is not None:
+def _cpu_passes(has_backward: bool = False) -> dict[str, Any]:
+    """Return what inductor is to do otherwise on a CPU.
 
-    class _KeepWhatIsSaved(CustomPartitionerFn):
-        """Hand the backward pass what autograd saved, and nothing else.
+    Importing inductor takes as long as importing torch: it is done where something is compiled.
+    """
+    from probsae.inference.graph_passes import cpu_passes
 
-        Inductor would rather compute again what its loops can fuse: right where memory is slow
-        beside arithmetic, as on a GPU, but a CPU then takes every exponential and error
-        function twice.
-        """
-
-        def __call__(
-            self, gm: GraphModule, joint_inputs: Sequence[object], **options: Any
-        ) -> tuple[GraphModule, GraphModule]:
-            options.pop("compiler", None)
-            return default_partition(gm, joint_inputs, **options)
-
-        def uuid(self) -> str:
-            return "probsae: default_partition"
-
-    class _ProductsAsCpusLikeThem(CustomGraphPass):
-        """Take products apart from sums, and with the longer side of the result in memory's order.
-
-        Inductor makes a b + c an addmm, which on a CPU writes c out in full, copies it and has the
-        product read it again: three passes over an array of the result's size. A sum alone fuses
-        with what comes after it. And z^T g, a dictionary's gradient, takes 6% longer than g^T z.
-        """
-
-        def __call__(self, graph: Graph) -> None:
-            _take_sums_apart(graph)
-            _turn_tall_results(graph)
-
-        def uuid(self) -> str:
-            return "probsae: products as CPUs like them"
-
-    def _take_sums_apart(graph: Graph) -> None:
-        aten = torch.ops.aten
-        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-                continue
-            c, a, b = node.args
-            with graph.inserting_before(node):
-                product = graph.call_function(aten.mm.default, (a, b))
-                total = graph.call_function(aten.add.Tensor, (product, c))
-            product.meta, total.meta = dict(node.meta), dict(node.meta)
-            node.replace_all_uses_with(total)
-            graph.erase_node(node)
-
-    def _turn_tall_results(graph: Graph) -> None:
-        """Take a^T b, of more rows than columns, as the transpose of b^T a."""
-        aten = torch.ops.aten
-        for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-            a_turned, b = node.args
-            n_rows, n_columns = node.meta["val"].shape
-            is_turned = a_turned.target is aten.permute.default
-            if not is_turned or n_rows <= n_columns or n_columns == 1:
-                continue
-            with graph.inserting_before(node):
-                b_turned = graph.call_function(aten.permute.default, (b, [1, 0]))
-                product = graph.call_function(aten.mm.default, (b_turned, a_turned.args[0]))
-                result = graph.call_function(aten.permute.default, (product, [1, 0]))
-            b_turned.meta["val"] = b.meta["val"].permute(1, 0)
-            product.meta["val"] = node.meta["val"].new_empty((n_columns, n_rows))
-            result.meta["val"] = product.meta["val"].permute(1, 0)
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
+    return cpu_passes(has_backward)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 N_RESAMPLES = 1_000
@@ -146,6 +145,8 @@ def _controls(
 def _folds(
     y: np.ndarray, index: np.ndarray, n_folds: int, hold_out_types: bool, seed: int
 ) -> Int[np.ndarray, " token"]:
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes a second
+
     options = {"n_splits": n_folds, "shuffle": True, "random_state": seed}
     folds = np.zeros(len(y), dtype=np.int64)
     splits = (
