@@ -88,7 +88,7 @@ def dictionaries_to_arviz(
     Raises
     ------
     TypeError
-        If a model is deterministic.
+        If a model is deterministic, or one came where several belong.
     ValueError
         If there are none, their shapes differ, the decoder is not linear, a feature is not one of
         theirs, or the draws would take more than half a gigabyte.
@@ -236,6 +236,8 @@ def _check(
     n_draws: int,
     n_importance: int,
 ) -> None:
+    if isinstance(models, SparseDictionary) or isinstance(posteriors, DictionaryPosterior):
+        raise TypeError("models and posteriors must be several: pass one as [model], [posterior]")
     if not models or len(models) != len(posteriors):
         raise ValueError(
             "dictionaries_to_arviz needs one posterior from `polish` for each model, got "
@@ -258,7 +260,7 @@ def _check_features(features: Sequence[int] | np.ndarray | Tensor | None, d_sae:
     chosen = torch.arange(d_sae) if features is None else torch.as_tensor(features)
     is_count = not (chosen.is_floating_point() or chosen.dtype == torch.bool)  # no mask, say
     rows = chosen.tolist()
-    if not (is_count and chosen.ndim == 1 and 0 <= min(rows) <= max(rows) < d_sae):
+    if not (is_count and chosen.ndim == 1 and rows and 0 <= min(rows) <= max(rows) < d_sae):
         raise ValueError(
             f"features must be some of 0 to {d_sae - 1}, whole numbers in a row, got {rows}"
         )

@@ -148,3 +148,10 @@ def test_laplace_and_bad_input(polished):
         ps.dictionaries_to_arviz(models, posteriors, x, n_importance=10**7)
     with pytest.raises(TypeError, match="no posterior"):
         ps.dictionaries_to_arviz([ps.TopKSAE(D_IN, D_SAE, k=1)], posteriors[:1], x)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_one_model_where_several_belong_is_said(polished):
+    models, posteriors, x = polished
+    with pytest.raises(TypeError, match=r"one as \[model\]"):
+        ps.dictionaries_to_arviz(models[0], posteriors[0], x)

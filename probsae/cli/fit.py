@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -147,6 +148,7 @@ def polish(
     posterior = run_polish(
         dictionary, data, n_tokens=n_tokens, n_passes=n_passes, prior_weight=prior_weight, seed=seed
     )
+    shutil.rmtree(run / POSTERIOR, ignore_errors=True)  # the former model's
     save(dictionary, run / "model")
     posterior.save(run / POSTERIOR)
     (before, _), (after, _) = posterior.held_out_elbo[0], posterior.held_out_elbo[-1]

@@ -20,7 +20,7 @@ from probsae.models.files import atomic_write
 _FILE = "posterior.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DictionaryPosterior:
     r"""q(W) q(rates) q(1 / noise variance), given a data set's codes.
 
@@ -55,6 +55,9 @@ class DictionaryPosterior:
     noise_precision: Gamma
     log_odds_real: Float[Tensor, " d_sae"] | None
     held_out_elbo: list[tuple[float, float]]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(d_sae={self.mean.shape[0]}, d_in={self.mean.shape[1]})"
 
     @property
     def mean(self) -> Float[Tensor, "d_sae d_in"]:

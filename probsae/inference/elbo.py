@@ -231,3 +231,13 @@ def require_linear_decoder(model: SparseDictionary) -> None:
     """Raise where the expectation under the decoder has no closed form."""
     if not model.has_linear_decoder:
         raise ValueError(_NEEDS_LINEAR)
+
+
+def require_full_precision(model: SparseDictionary) -> None:
+    """Raise TypeError for a model in half precision: sums and differences need more digits."""
+    dtype = model.b_dec.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{type(model).__name__} must be in float32 or float64 for this, got {dtype}; call its "
+            "float() first (fit(..., precision='bfloat16') takes products in half precision)"
+        )

@@ -22,6 +22,7 @@ from probsae.inference.callbacks import (
     steps_done,
     tell_of_failure,
 )
+from probsae.inference.elbo import require_full_precision
 from probsae.inference.guard import FiniteGuard, NonFiniteElboError
 from probsae.inference.loop import Fits, progress_bar, run
 from probsae.inference.schedule import Schedule
@@ -170,6 +171,7 @@ def fit(
     1280
     """
     check_model(model)
+    require_full_precision(model)
     callbacks = check_callbacks(callbacks)
     if elbo is not None and not isinstance(elbo, ELBO):
         raise TypeError(f"elbo must be a pyro.infer.ELBO, got {type(elbo).__name__}")

@@ -100,7 +100,8 @@ def polish(
     ValueError
         If an argument or the data are not usable, or the decoder is not linear.
     TypeError
-        If the model is deterministic, or its encoder cannot follow (`SparseVAE`).
+        If the model is deterministic or in half precision, or its encoder cannot follow
+        (`SparseVAE`).
 
     Notes
     -----
@@ -130,6 +131,8 @@ def polish(
     >>> model = ps.SpikeSlabDictionary(d_in=16, d_sae=32)
     >>> result = ps.fit(model, data, n_steps=50, batch_size=64)
     >>> posterior = ps.polish(model, data, n_tokens=2_000, batch_size=500)
+    >>> posterior
+    DictionaryPosterior(d_sae=32, d_in=16)
     >>> tuple(posterior.direction_variance.shape)
     (32,)
     """

@@ -15,7 +15,7 @@ from probsae.activations.source import check_activations
 from probsae.distributions import KnownSpikeSlab, SpikeSlab, TiltedSpikeSlab
 from probsae.distributions.tilted import tilted_logits
 from probsae.inference.compiling import compiled_function
-from probsae.inference.elbo import require_linear_decoder
+from probsae.inference.elbo import require_full_precision, require_linear_decoder
 from probsae.models.base import SparseDictionary, in_evaluation
 from probsae.models.code_posterior import CodePosterior
 
@@ -59,7 +59,7 @@ def refine(
     ------
     TypeError
         If the model's prior is not spike-and-slab: the optimal factor is not in closed form then,
-        or (for a deterministic SAE) there is no posterior.
+        or (for a deterministic SAE) there is no posterior. If the model is in half precision.
     ValueError
         If the decoder is not linear, `n_sweeps` or `n_candidates` is below 1, or the activations
         are not usable.
@@ -106,6 +106,7 @@ class Refinement:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         spike_slab_prior(model)
         require_linear_decoder(model)
+        require_full_precision(model)
         self.model, self.n_sweeps = model, n_sweeps
         self.n_candidates = min(n_candidates, model.d_sae)
         self.look: Callable[..., _Look] = _look

@@ -14,7 +14,7 @@ from torch.distributions import Beta, Gamma, kl_divergence
 from probsae.distributions import SpikeSlab
 from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.dictionary_statistics import DictionaryStatistics, Rows
-from probsae.inference.elbo import elbo_terms, require_linear_decoder
+from probsae.inference.elbo import elbo_terms, require_full_precision, require_linear_decoder
 from probsae.inference.refine import Refinement, code_law
 from probsae.inference.step_errors import StepErrors, observed_information
 from probsae.models.base import SparseDictionary
@@ -37,6 +37,7 @@ class Expectation:
         if model.is_deterministic:
             raise TypeError(f"{type(model).__name__} has no posterior to polish with")
         require_linear_decoder(model)
+        require_full_precision(model)
         if model.code_scales is None:
             raise TypeError(
                 "polish needs an encoder that can follow the dictionary, and the one of "

@@ -140,7 +140,8 @@ class EndToEnd:
                 for seen in (before, after)
             )
             fvu = (y - changed).square().sum() / (y - y.mean(0)).square().sum()
-            error = error + self.later_weight * fvu / len(self.later)
+            # A model spread over several GPUs has its later layers on others.
+            error = error + self.later_weight * fvu.to(error.device) / len(self.later)
         if not (model.is_deterministic or model.learn_noise):
             error = error / model.noise_scale.detach().square().to(error.device)
         return error.to(x.device)

@@ -85,10 +85,10 @@ class SpliceResult:
 
     @property
     def draw_loss_recovered(self) -> Float[Tensor, " draw"]:
-        """`loss_recovered` of each posterior draw."""
+        """`loss_recovered` of each posterior draw; not a number where that is none."""
         spliced = self.draw_cross_entropy.double().mean((1, 2))
         damage = self.cross_entropy_zero - self.cross_entropy
-        return (self.cross_entropy_zero - spliced) / damage
+        return (self.cross_entropy_zero - spliced) / (damage or float("nan"))
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """Equal-tailed interval of loss recovered over posterior draws: the codes' uncertainty.

@@ -742,3 +742,19 @@ def test_pieces_fill_each_threads_cache(monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
     assert [step.piece_tokens(relu, n) for n in (4096, 1000)] == [1024, 1000]
     assert step.piece_tokens(spike_slab, 4096) == 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_refused(dtype, source):
+    model = small_model().to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = source.sample(20)[0]
+    for use in (
+        lambda: ps.fit(model, source, **OPTIONS),
+        lambda: ps.fit_ensemble([model], source, **OPTIONS),
+        lambda: ps.refine(model, x),
+        lambda: ps.polish(model, x, progress=False),
+    ):
+        with pytest.raises(TypeError, match=r"call its float\(\) first"):
+            use()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -425,6 +425,14 @@ def test_downstream_error():
     assert fvu == {"transformer.h.2": pytest.approx(1, rel=1e-5)}
 
 
+def test_where_ablation_does_no_damage_nothing_is_recovered():
+    loss = torch.rand(2, 3)
+    draws = torch.stack([loss, 2 * loss])
+    result = SpliceResult(loss, 1.5 * loss, loss, loss, loss, draws, draws)
+    assert math.isnan(result.loss_recovered)
+    assert bool(result.draw_loss_recovered.isnan().all())
+
+
 def test_bad_arguments():
     model = tiny_language_model()
     with pytest.raises(ValueError, match="at least 2 positions"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from probsae.activations.resources import choose_device
 from probsae.activations.source import ActivationData
 from probsae.inference.callbacks import Callback
+from probsae.inference.elbo import require_full_precision
 from probsae.inference.ensemble.fits import warn_of_divergence
 from probsae.inference.ensemble.stacked import Setup, Wish, check_passes, fit_stacked
 from probsae.inference.fit import FitResult, fit
@@ -143,6 +144,7 @@ def _check_models(models: Sequence[SparseDictionary]) -> None:
         raise ValueError("models must be distinct objects, and one came twice; build each anew")
     for model in models:
         check_model(model)
+        require_full_precision(model)
     widths = sorted({model.d_in for model in models})
     if len(widths) > 1:
         raise ValueError(f"models must have one d_in, got {widths}; fit them apart")
