@@ -18,7 +18,7 @@ from probsae.activations.language_model import LanguageModel, load_language_mode
 from probsae.activations.resources import check_disk
 from probsae.activations.shards import DTYPES, checksum
 from probsae.activations.store import ActivationStore
-from probsae.activations.store_writer import INDEX, StoreWriter
+from probsae.activations.store_writer import INDEX, StoreWriter, finished
 
 # Characters of a text file that make a document: some 16 contexts of 128 tokens.
 _DOCUMENT_CHARACTERS = 8_192
@@ -89,7 +89,8 @@ def harvest(
     Raises
     ------
     ValueError
-        If a hook is unknown (near names are listed), or the text has no whole context.
+        If a hook is unknown (near names are listed) or there is none, or the text has no whole
+        context.
     FileNotFoundError
         If a text file or the model is missing.
     FileExistsError
@@ -104,10 +105,16 @@ def harvest(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if context_length < 2:
         raise ValueError(f"context_length must be at least 2 tokens, got {context_length}")
+    hooks = [hooks] if isinstance(hooks, str) else list(hooks)
+    if not hooks:
+        raise ValueError("hooks must name at least one module, such as 'model.layers.7'")
+    folders = _folders(Path(out), hooks)
+    # A kill may have come between two stores' last words: then the others go on.
+    if all((folder / INDEX).exists() for folder in folders):
+        raise finished(folders[0])
     documents = _Documents(text)
     if not isinstance(model, LanguageModel):
         model = load_language_model(model, device=device)
-    hooks = [hooks] if isinstance(hooks, str) else list(hooks)
     points = [find_hook(model.network, hook) for hook in hooks]
     contexts = _Contexts(documents, model, context_length, batch_size)
     widths = _widths(model, points, contexts)
@@ -123,13 +130,10 @@ def harvest(
         "exclude_first": exclude_first,
         "bos_token_id": model.bos_token_id,
     }
-    folders = _folders(Path(out), hooks)
-    # A kill may have come between two stores' last words: then the others go on.
-    are_all_there = all((folder / INDEX).exists() for folder in folders)
     writers = [
         StoreWriter(
             folder, width, dtype=dtype, shard_tokens=shard_tokens, model=model.name, hook=hook,
-            settings=settings, may_be_finished=not are_all_there,
+            settings=settings, may_be_finished=True,
         )
         for folder, width, hook in zip(folders, widths, hooks, strict=True)
     ]  # fmt: skip

@@ -30,6 +30,11 @@ INDEX, MEAN, SETTINGS = "index.json", "mean.safetensors", "settings.json"
 _N_SAMPLE = 8192
 
 
+def finished(path: Path) -> FileExistsError:
+    """Return the error for a folder that holds a whole store already."""
+    return FileExistsError(f"{path} holds a finished store; remove it or choose another")
+
+
 class StoreWriter:
     """Appends tokens to a store that is not finished yet; goes on where an earlier one stopped.
 
@@ -113,9 +118,7 @@ class StoreWriter:
         """Return the number of whole shards on disk, having removed what a kill left over."""
         if (self.path / INDEX).exists():
             if not self._may_be_finished:
-                raise FileExistsError(
-                    f"{self.path} holds a finished store; remove it or choose another"
-                )
+                raise finished(self.path)
             index = json.loads((self.path / INDEX).read_text())
             self._check_header(index, "finished")
             self.is_finished = True

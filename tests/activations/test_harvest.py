@@ -198,7 +198,9 @@ def test_killed_while_finishing_goes_on_to_the_same_bytes(tmp_path, text, monkey
         assert a.index == b.index
         a.verify()
     with pytest.raises(FileExistsError, match="finished store"):
-        harvest(model, text, HOOKS, tmp_path / "out", **options)
+        harvest("nowhere", text, HOOKS, tmp_path / "out", **options)  # no model is loaded for that
+    with pytest.raises(ValueError, match="at least one module"):
+        harvest(model, text, [], tmp_path / "out", **options)
 
 
 def test_text_of_equal_size_is_another_text(tmp_path, text):
