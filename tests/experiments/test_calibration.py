@@ -8,7 +8,7 @@ import math
 import pytest
 import tyro
 
-from experiments.calibration import blocks
+from experiments.calibration import blocks, by_rate
 from experiments.calibration.measure import finite
 from experiments.calibration.run import SIZES, activations, main, table
 
@@ -80,3 +80,14 @@ def test_blocks_of_features(tmp_path, capsys):
     variances = [rows[f"blocks of {size}"]["median_predicted_over_actual"] for size in (64, 1)]
     assert variances[0] != variances[1]
     assert "| blocks of 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_direction_intervals_by_how_often_features_fire(tmp_path, capsys):
+    by_rate.main(scale="small", n_steps=200, n_groups=3, out=tmp_path)
+    rows = json.loads((tmp_path / "by_rate-independent-seed=7.json").read_text())["rows"]
+    rates = [row["firing_probability"] for row in rows]
+    assert rates == sorted(rates, reverse=True)
+    assert sum(rates) * 16 == pytest.approx(2, rel=1e-3)  # 48 features, 2 active
+    assert all(row["share_found"] > 0.5 and 0 <= row["coverage_90"] <= 1 for row in rows)
+    assert "deviation of its logarithm (0.254 by chance)" in capsys.readouterr().out
