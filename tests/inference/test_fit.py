@@ -2,24 +2,18 @@
 
 import copy
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from torch.distributions import Laplace, Normal, StudentT
+from torch.distributions import StudentT
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import probsae as ps
-from probsae.activations import ActivationStore, StoreWriter
 from probsae.inference import (
     Callback,
     Checkpoint,
@@ -34,28 +28,9 @@ from probsae.inference import (
 )
 from probsae.inference.fit import _SingleFit
 from probsae.models.base import as_event
+from tests.inference.small import OPTIONS, small_model
 from tests.killed import KilledAfter
 from tests.own_model import LinearLaplace
-
-OPTIONS = {"n_steps": 30, "batch_size": 32, "device": "cpu", "progress": False}
-
-
-class Narrow(ps.SyntheticActivations):
-    """A source of another width or size than it should have."""
-
-    def __init__(self, d_in, n_tokens=100):
-        super().__init__(d_in=d_in, n_features=10, n_active=2)
-        self.n_tokens = n_tokens
-
-
-def small_model(cls=ps.SpikeSlabDictionary, **options):
-    torch.manual_seed(0)
-    return cls(d_in=8, d_sae=12, **options)
-
-
-@pytest.fixture(scope="module")
-def source():
-    return ps.SyntheticActivations(d_in=8, n_features=10, n_active=2, noise_scale=0.05, seed=1)
 
 
 def test_takes_every_form_of_data(source):
@@ -76,45 +51,6 @@ def test_an_iterator_that_ends_ends_the_fit(source):
     assert result.n_tokens == 3 * 64  # whatever batch_size says: an iterator's batches are its own
 
 
-@pytest.mark.parametrize(
-    ("data", "error", "words"),
-    [
-        (torch.zeros(50, 9), ValueError, "d_in=8 columns"),
-        (torch.full((50, 8), torch.inf), ValueError, "finite"),
-        (torch.zeros(0, 8), ValueError, "at least one token"),
-        (iter([]), ValueError, "empty iterator"),
-        (torch.zeros(50), ValueError, "shape"),
-        (3, TypeError, "data"),
-        ("once upon a time", TypeError, "'once upon a time', which is no activation store; text"),
-        (Path("nowhere"), TypeError, "'nowhere', which is no activation store"),
-        (["once", "upon"], TypeError, "got str; text becomes activations by `probsae harvest`"),
-        (Narrow(7), ValueError, "model's d_in=8, got d_in=7 from Narrow"),
-        (Narrow(9), ValueError, "model's d_in=8, got d_in=9 from Narrow"),
-        (Narrow(8, n_tokens=0), ValueError, "at least one token, got none from Narrow"),
-        (np.array([["a"]]), TypeError, "numbers"),
-        (torch.zeros(50, 8, dtype=torch.complex64), TypeError, "real numbers"),
-        ([[torch.zeros(50, 8)]], TypeError, r"\(batch\[0\] for batch in loader\)"),
-        (pd.DataFrame(np.zeros((50, 8))), TypeError, r"got DataFrame; pass its to_numpy\(\)"),
-    ],
-)
-@pytest.mark.usefixtures("unchecked_types")
-def test_unusable_data_are_refused_and_change_nothing(data, error, words):
-    model = small_model()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(error, match=words):
-        ps.fit(model, data, **OPTIONS)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-
-
-def test_batches_of_another_width_are_refused(source):
-    x, _ = source.sample(32)
-    widths = [8] * 20 + [7]  # after the tokens that a fit begins with
-    model = small_model(ps.TopKSAE, k=2)
-    data = (x.repeat(16, 1)[:, :width] for width in widths)
-    with pytest.raises(ValueError, match=r"d_in=8 columns, got shape \(512, 7\)"):
-        ps.fit(model, data, **OPTIONS | {"batch_size": 512})
-
-
 def test_a_read_only_memory_map_is_read(source, tmp_path):
     np.save(tmp_path / "x.npy", source.sample(300)[0].numpy())
     x = np.load(tmp_path / "x.npy", mmap_mode="r")
@@ -122,69 +58,6 @@ def test_a_read_only_memory_map_is_read(source, tmp_path):
     for data in (x, iter([x] * 3)):  # torch's warning that x is not writable would be an error
         ps.fit(model, data, **OPTIONS | {"n_steps": 3})
     assert model.encode(x).mean.shape == (300, 12)
-
-
-@pytest.mark.usefixtures("unchecked_types")
-def test_a_path_of_a_store_is_told_from_other_paths(tmp_path):
-    writer = StoreWriter(tmp_path / "store", 8)
-    writer.append(torch.randn(20, 8))
-    writer.finish()
-    for path in (tmp_path / "store", str(tmp_path / "store")):
-        with pytest.raises(TypeError, match=r"open the store there: .*ActivationStore\(path\)"):
-            ps.fit(small_model(), path, **OPTIONS)
-    with pytest.raises(ValueError, match=r"d_in=9, got d_in=8 from ActivationStore\('.*20 x 8"):
-        ps.fit(ps.TopKSAE(9, 12, k=2), ActivationStore(tmp_path / "store"), **OPTIONS)
-    for rows in (range(5, 5), range(21), range(0, 20, 2)):
-        with pytest.raises(ValueError, match="at least one of the 20 tokens"):
-            ActivationStore(tmp_path / "store", rows)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"n_steps": 0},
-        {"n_steps": 2.5},
-        {"batch_size": 0},
-        {"batch_size": -1},
-        {"batch_size": 32.0},
-        {"learning_rate": -1.0},
-        {"learning_rate": float("inf")},
-        {"device": "gpu"},
-        {"seed": None},
-        {"seed": "0"},
-        {"seed": 0.5},
-    ],
-)
-@pytest.mark.usefixtures("unchecked_types")
-def test_unusable_settings_are_refused(options, source):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        ps.fit(small_model(), source, **(OPTIONS | options))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"model": ps.TopKSAE}, "got TopKSAE, a class: build it first"),
-        ({"model": torch.nn.Linear(8, 8)}, "got Linear"),
-        ({"callbacks": Callback()}, r"\[callback\]"),
-        ({"callbacks": print}, r"\[callback\], got builtin_function"),
-        ({"callbacks": [print]}, r"on_step\(state\).*, got builtin_function"),
-        ({"callbacks": [Callback]}, "got Callback, a class: build it first"),
-        ({"elbo": "exact"}, "pyro.infer.ELBO, got str"),
-    ],
-)
-@pytest.mark.usefixtures("unchecked_types")
-def test_other_things_are_refused(options, words, source):
-    with pytest.raises(TypeError, match=words):
-        ps.fit(**{"model": small_model(), "data": source, **OPTIONS, **options})
-
-
-def test_a_gpu_that_is_not_there_is_said_so(source, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as it is without one
-    with pytest.raises(ValueError, match="needs a GPU and torch sees none"):
-        ps.fit(small_model(), source, **(OPTIONS | {"device": "cuda"}))
-    with pytest.raises(ValueError, match="needs a GPU and torch sees none"):
-        ps.SyntheticActivations(device="cuda")
 
 
 @pytest.mark.parametrize("cls", [ps.ReLUSAE, ps.TopKSAE, ps.SpikeSlabDictionary])
@@ -331,23 +204,6 @@ def test_every_callback_hears_of_a_failure(source):
         heard.clear()
 
 
-def test_a_loaded_checkpoint_resumes_as_a_fresh_model_does(source, tmp_path):
-    ends = []
-    for load in (False, True):
-        model = small_model()
-        if load:
-            model = ps.load(tmp_path / "c")
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                ps.fit(
-                    small_model(), source, **OPTIONS,
-                    callbacks=[Checkpoint(tmp_path / "c", every=7), KilledAfter(9)],
-                )  # fmt: skip
-        ps.fit(model, source, **OPTIONS, resume=tmp_path / "c")
-        ends.append(model.state_dict())
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
-
-
 def test_gradients_that_were_there_before_are_no_part_of_a_fit(source):
     x, _ = source.sample(64)
     ends = []
@@ -360,17 +216,6 @@ def test_gradients_that_were_there_before_are_no_part_of_a_fit(source):
         ps.fit_ensemble(models[1:], source, **OPTIONS)
         ends.append([value for model in models for value in model.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-
-
-@pytest.mark.usefixtures("unchecked_types")
-def test_numpys_integers_are_whole_numbers(source, tmp_path):
-    x, _ = source.sample(100)
-    models = small_model(), small_model()
-    options = OPTIONS | {"seed": 3}
-    ps.fit(models[0], x, **options)
-    options |= {name: np.int64(options[name]) for name in ("n_steps", "batch_size", "seed")}
-    ps.fit(models[1], x, **options, callbacks=[Checkpoint(tmp_path / "c", every=10)])
-    assert torch.equal(models[0].W_dec, models[1].W_dec)
 
 
 def test_a_pyro_elbo_leaves_nothing_in_pyros_store(source):
@@ -434,39 +279,6 @@ def test_a_sampled_elbo_needs_no_closed_form(source):
     assert np.isfinite(result.history["elbo"]).all()
     with pytest.raises(NotImplementedError, match="register_kl"):
         ps.fit(small_model(StudentPrior), source, **OPTIONS)
-
-
-class ScalarPrior(LinearLaplace):
-    def prior(self):
-        return Laplace(torch.zeros(self.d_sae), torch.ones(self.d_sae))  # not one event
-
-
-class ShortPrior(LinearLaplace):
-    def prior(self):
-        return as_event(Laplace(torch.zeros(5), torch.ones(5)))
-
-
-class BareDistribution(LinearLaplace):
-    def posterior(self, x):
-        return Normal(self.product(x - self.b_dec, self.W_enc), 0.1)
-
-
-@pytest.mark.parametrize(
-    ("cls", "error", "words"),
-    [
-        (ScalarPrior, ValueError, r"event shape \(12,\), got \(\) .* as_event"),
-        (ShortPrior, ValueError, r"event shape \(12,\), got \(5,\)"),
-        (
-            BareDistribution,
-            TypeError,
-            r"Distribution.posterior must return .*CodePosterior, got Normal",
-        ),
-    ],
-)
-def test_hooks_of_ones_own_that_do_not_fit_are_refused(cls, error, words, source):
-    for fit in (ps.fit, lambda model, *args, **options: ps.fit_ensemble([model], *args, **options)):
-        with pytest.raises(error, match=words):
-            fit(small_model(cls), source, **OPTIONS)
 
 
 @pytest.mark.slow
@@ -604,118 +416,6 @@ def test_a_failed_fit_s_wandb_run_is_finished(source, tmp_path):
     assert wandb.run is None
 
 
-RESUMABLE = """
-import sys, torch, probsae as ps
-from probsae.inference import Checkpoint, Callback
-source = ps.SyntheticActivations(d_in=8, n_features=10, n_active=2, noise_scale=0.05, seed=1)
-torch.manual_seed(0)
-model = ps.SpikeSlabDictionary(d_in=8, d_sae=12)
-class Slow(Callback):
-    def on_step(self, state):
-        if state.step > 60:
-            import time; time.sleep(0.05)
-ps.fit(model, source, n_steps=100, batch_size=32, device="cpu",
-       callbacks=[Checkpoint(sys.argv[1], every=20), Slow()])
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_fit_resumes_to_the_same_model(source, tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", RESUMABLE, str(tmp_path / "run")])
-    deadline = time.monotonic() + 120
-    state = tmp_path / "run" / "fit.json"
-    while time.monotonic() < deadline:
-        if state.exists() and json.loads(state.read_text())["step"] >= 60:
-            break
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    step = json.loads(state.read_text())["step"]
-    assert 60 <= step < 100
-    options = OPTIONS | {"n_steps": 100}
-    resumed = small_model()
-    result = ps.fit(resumed, source, resume=tmp_path / "run", **options)
-    assert result.n_steps == 100
-    whole = small_model()
-    ps.fit(whole, source, **options)
-    torch.testing.assert_close(resumed.W_dec, whole.W_dec, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("n_killed", [16, 19])
-def test_a_resumed_fit_takes_its_steps_the_same_way(source, tmp_path, n_killed):
-    """Codes near the share up to which a step goes through the kept ones: it changes its way."""
-    ends = []
-    for is_killed in (False, True):
-        torch.manual_seed(0)
-        model = ps.ReLUSAE(8, 64, l1_coefficient=0.05)
-        model.initialize_(source.sample(500, seed=0)[0])
-        with torch.no_grad():
-            model.b_enc.fill_(-0.1)
-        options = OPTIONS | {"batch_size": 64, "learning_rate": 1e-3}
-        if is_killed:
-            callbacks = [Checkpoint(tmp_path / "c", every=n_killed), KilledAfter(n_killed)]
-            with pytest.raises(KeyboardInterrupt):
-                ps.fit(model, source, callbacks=callbacks, **options)
-        resume = tmp_path / "c" if is_killed else None
-        ps.fit(model, source, resume=resume, **options)
-        ends.append(model.state_dict())
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
-
-
-def test_a_resumed_fit_knows_how_many_tokens_it_had(source, tmp_path):
-    sizes = [20, 32, 7, 32, 5, 32, 32, 11]  # an iterator's batches are its own
-    batches = [source.sample(n)[0] for n in sizes]
-
-    class Stop(Exception):
-        pass
-
-    class StopAfter4(Callback):
-        def on_step(self, state):
-            if state.step == 4:
-                raise Stop
-
-    options = OPTIONS | {"n_steps": len(sizes)}
-    callbacks = [Checkpoint(tmp_path / "run", every=4), StopAfter4()]
-    with pytest.raises(Stop):
-        ps.fit(small_model(), iter(batches), callbacks=callbacks, **options)
-    result = ps.fit(small_model(), iter(batches), resume=tmp_path / "run", **options)
-    assert result.n_tokens == sum(sizes)
-
-
-def test_a_checkpoint_of_other_settings_is_refused(source, tmp_path):
-    ps.fit(small_model(), source, callbacks=[Checkpoint(tmp_path / "run", every=10)], **OPTIONS)
-    with pytest.raises(ValueError, match="seed=0"):
-        ps.fit(small_model(), source, resume=tmp_path / "run", seed=4, **OPTIONS)
-    for name, value in (("batch_size", 16), ("learning_rate", 0.1)):
-        with pytest.raises(ValueError, match=f"made with {name}="):
-            ps.fit(small_model(), source, resume=tmp_path / "run", **(OPTIONS | {name: value}))
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        ps.fit(small_model(), source, resume=tmp_path / "nothing", **OPTIONS)
-    model = small_model()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="n_steps=30"):
-        ps.fit(model, source, resume=tmp_path / "run", **(OPTIONS | {"n_steps": 31}))
-    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
-    assert not list(Path(tmp_path).glob(".*")), "a half-written checkpoint was left behind"
-
-
-@pytest.mark.parametrize(
-    ("cls", "options", "words"),
-    [
-        (ps.BatchTopKSAE, {"k": 4}, "hyperparameters"),
-        (ps.MatryoshkaSAE, {"k": 3}, "class"),  # its tensors are a BatchTopK's
-    ],
-)
-def test_a_checkpoint_of_another_model_is_refused(cls, options, words, source, tmp_path):
-    callbacks = [Checkpoint(tmp_path / "run", every=10)]
-    ps.fit(ps.BatchTopKSAE(8, 12, k=3), source, callbacks=callbacks, **OPTIONS)
-    model = cls(8, 12, **options)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=words):
-        ps.fit(model, source, resume=tmp_path / "run", **OPTIONS)
-    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
-
-
 def test_pieces_of_a_batch_give_its_gradient(source, monkeypatch):
     """On a CPU a large step is taken in pieces that fit its cache; the fit is the same."""
     x, _ = source.sample(4096)
@@ -742,19 +442,3 @@ def test_pieces_fill_each_threads_cache(monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
     assert [step.piece_tokens(relu, n) for n in (4096, 1000)] == [1024, 1000]
     assert step.piece_tokens(spike_slab, 4096) == 1024
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_in_half_precision_is_refused(dtype, source):
-    model = small_model().to(dtype)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    x = source.sample(20)[0]
-    for use in (
-        lambda: ps.fit(model, source, **OPTIONS),
-        lambda: ps.fit_ensemble([model], source, **OPTIONS),
-        lambda: ps.refine(model, x),
-        lambda: ps.polish(model, x, progress=False),
-    ):
-        with pytest.raises(TypeError, match=r"call its float\(\) first"):
-            use()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,146 @@
+"""Checkpoints: what goes on from one is what would have been without the kill."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import probsae as ps
+from probsae.inference import Callback, Checkpoint
+from tests.inference.small import OPTIONS, small_model
+from tests.killed import KilledAfter
+
+RESUMABLE = """
+import sys, torch, probsae as ps
+from probsae.inference import Checkpoint, Callback
+source = ps.SyntheticActivations(d_in=8, n_features=10, n_active=2, noise_scale=0.05, seed=1)
+torch.manual_seed(0)
+model = ps.SpikeSlabDictionary(d_in=8, d_sae=12)
+class Slow(Callback):
+    def on_step(self, state):
+        if state.step > 60:
+            import time; time.sleep(0.05)
+ps.fit(model, source, n_steps=100, batch_size=32, device="cpu",
+       callbacks=[Checkpoint(sys.argv[1], every=20), Slow()])
+"""
+
+
+def test_a_loaded_checkpoint_resumes_as_a_fresh_model_does(source, tmp_path):
+    ends = []
+    for load in (False, True):
+        model = small_model()
+        if load:
+            model = ps.load(tmp_path / "c")
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                ps.fit(
+                    small_model(), source, **OPTIONS,
+                    callbacks=[Checkpoint(tmp_path / "c", every=7), KilledAfter(9)],
+                )  # fmt: skip
+        ps.fit(model, source, **OPTIONS, resume=tmp_path / "c")
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.slow
+def test_a_killed_fit_resumes_to_the_same_model(source, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", RESUMABLE, str(tmp_path / "run")])
+    deadline = time.monotonic() + 120
+    state = tmp_path / "run" / "fit.json"
+    while time.monotonic() < deadline:
+        if state.exists() and json.loads(state.read_text())["step"] >= 60:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    step = json.loads(state.read_text())["step"]
+    assert 60 <= step < 100
+    options = OPTIONS | {"n_steps": 100}
+    resumed = small_model()
+    result = ps.fit(resumed, source, resume=tmp_path / "run", **options)
+    assert result.n_steps == 100
+    whole = small_model()
+    ps.fit(whole, source, **options)
+    torch.testing.assert_close(resumed.W_dec, whole.W_dec, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_killed", [16, 19])
+def test_a_resumed_fit_takes_its_steps_the_same_way(source, tmp_path, n_killed):
+    """Codes near the share up to which a step goes through the kept ones: it changes its way."""
+    ends = []
+    for is_killed in (False, True):
+        torch.manual_seed(0)
+        model = ps.ReLUSAE(8, 64, l1_coefficient=0.05)
+        model.initialize_(source.sample(500, seed=0)[0])
+        with torch.no_grad():
+            model.b_enc.fill_(-0.1)
+        options = OPTIONS | {"batch_size": 64, "learning_rate": 1e-3}
+        if is_killed:
+            callbacks = [Checkpoint(tmp_path / "c", every=n_killed), KilledAfter(n_killed)]
+            with pytest.raises(KeyboardInterrupt):
+                ps.fit(model, source, callbacks=callbacks, **options)
+        resume = tmp_path / "c" if is_killed else None
+        ps.fit(model, source, resume=resume, **options)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_resumed_fit_knows_how_many_tokens_it_had(source, tmp_path):
+    sizes = [20, 32, 7, 32, 5, 32, 32, 11]  # an iterator's batches are its own
+    batches = [source.sample(n)[0] for n in sizes]
+
+    class Stop(Exception):
+        pass
+
+    class StopAfter4(Callback):
+        def on_step(self, state):
+            if state.step == 4:
+                raise Stop
+
+    options = OPTIONS | {"n_steps": len(sizes)}
+    callbacks = [Checkpoint(tmp_path / "run", every=4), StopAfter4()]
+    with pytest.raises(Stop):
+        ps.fit(small_model(), iter(batches), callbacks=callbacks, **options)
+    result = ps.fit(small_model(), iter(batches), resume=tmp_path / "run", **options)
+    assert result.n_tokens == sum(sizes)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(source, tmp_path):
+    ps.fit(small_model(), source, callbacks=[Checkpoint(tmp_path / "run", every=10)], **OPTIONS)
+    with pytest.raises(ValueError, match="seed=0"):
+        ps.fit(small_model(), source, resume=tmp_path / "run", seed=4, **OPTIONS)
+    for name, value in (("batch_size", 16), ("learning_rate", 0.1)):
+        with pytest.raises(ValueError, match=f"made with {name}="):
+            ps.fit(small_model(), source, resume=tmp_path / "run", **(OPTIONS | {name: value}))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        ps.fit(small_model(), source, resume=tmp_path / "nothing", **OPTIONS)
+    model = small_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="n_steps=30"):
+        ps.fit(model, source, resume=tmp_path / "run", **(OPTIONS | {"n_steps": 31}))
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+    assert not list(Path(tmp_path).glob(".*")), "a half-written checkpoint was left behind"
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        (ps.BatchTopKSAE, {"k": 4}, "hyperparameters"),
+        (ps.MatryoshkaSAE, {"k": 3}, "class"),  # its tensors are a BatchTopK's
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(cls, options, words, source, tmp_path):
+    callbacks = [Checkpoint(tmp_path / "run", every=10)]
+    ps.fit(ps.BatchTopKSAE(8, 12, k=3), source, callbacks=callbacks, **OPTIONS)
+    model = cls(8, 12, **options)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        ps.fit(model, source, resume=tmp_path / "run", **OPTIONS)
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
