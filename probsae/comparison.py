@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from io import StringIO
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 # What a terminal of 80 characters has room for.
 _HEADLINE = ("method", "fvu", "l0", "alive", "mmcs", "f1", "best_f1", "band_ece")
+# Of a printed report, whose table is no wider than it needs: long names of methods are not cut.
+_WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ class Report:
         return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
     def __str__(self) -> str:
-        return self.to_markdown()
+        screen = StringIO()
+        Console(file=screen, width=_WIDTH).print(self.rich_table())
+        return screen.getvalue().rstrip()
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
@@ -109,7 +115,8 @@ class Report:
     def rich_table(self) -> Table:
         """Return the columns that matter most, to fit a terminal."""
         names, cells = self._cells(_HEADLINE)
-        table = Table(title=f"{len(self.rows)} dictionaries on {self.n_tokens:,} held-out tokens")
+        noun = "dictionary" if len(self.rows) == 1 else "dictionaries"
+        table = Table(title=f"{len(self.rows)} {noun} on {self.n_tokens:,} held-out tokens")
         for name in names:
             table.add_column(
                 name.replace("_", " "),

@@ -180,4 +180,9 @@ def test_features_without_codes_are_no_truth(data):
 
 def test_a_printed_report_is_its_table(data):
     report = ps.evaluate(ps.TopKSAE(data.d_in, 10, k=2), data, n_tokens=64)
-    assert str(report) == report.to_markdown()
+    title, *table = str(report).splitlines()
+    assert title.strip() == "1 dictionary on 64 held-out tokens"
+    assert "mmcs" in table[1]
+    assert f" {report.rows[0].mmcs:.4f} " in table[3]
+    assert len({len(line) for line in table}) == 1  # one box, no wrapped lines
+    assert report._repr_markdown_() == report.to_markdown()  # a notebook's, with every column
