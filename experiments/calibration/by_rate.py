@@ -70,7 +70,12 @@ def main(
 
 
 def _row(posterior: ps.DictionaryPosterior, features: Tensor, rate: Tensor) -> dict[str, Any]:
-    found = direction_calibration(posterior.mean, features.double(), posterior.direction_variance)
+    found = direction_calibration(
+        posterior.mean,
+        features.double(),
+        posterior.direction_variance,
+        variance_dof=posterior.variance_dof,
+    )
     return {
         "firing_probability": float(rate.mean()),
         "share_found": found.share_kept,

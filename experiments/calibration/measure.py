@@ -129,7 +129,13 @@ def directions(posterior: ps.DictionaryPosterior, features: Tensor) -> dict[str,
     if not bool(is_alive.any()):
         return {}
     directions, variance = posterior.mean[is_alive], posterior.direction_variance[is_alive]
-    calibration = metrics.direction_calibration(directions, features, variance)
+    dof = posterior.variance_dof
+    calibration = metrics.direction_calibration(
+        directions,
+        features,
+        variance,
+        variance_dof=None if dof is None else dof[is_alive],
+    )
     bad = metrics.bad_feature_auroc(directions, features, variance, posterior.rate.mean[is_alive])
     is_true = metrics.max_cosines(features, posterior.mean) > FOUND_COSINE
     is_real = posterior.p_real > 0.5

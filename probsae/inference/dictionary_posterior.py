@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Beta, Gamma
 
 from probsae.inference.dictionary_statistics import Rows
-from probsae.levels import tails
+from probsae.levels import square_quantiles, tails
 from probsae.models.files import atomic_write
 
 _FILE = "posterior.safetensors"
@@ -42,6 +42,9 @@ class DictionaryPosterior:
     held_out_elbo : list of (float, float)
         ELBO of held-out tokens with the encoder's and with the refined posterior, nats per
         token: before the first pass, and after each.
+    variance_dof : Tensor, shape (d_sae,), or None
+        Degrees of freedom that the variance of each direction is known with: its relative error
+        is sqrt(2 / variance_dof). None where it is taken for certain.
 
     Notes
     -----
@@ -55,6 +58,7 @@ class DictionaryPosterior:
     noise_precision: Gamma
     log_odds_real: Float[Tensor, " d_sae"] | None
     held_out_elbo: list[tuple[float, float]]
+    variance_dof: Float[Tensor, " d_sae"] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(d_sae={self.mean.shape[0]}, d_in={self.mean.shape[1]})"
@@ -76,7 +80,27 @@ class DictionaryPosterior:
         A row m + e, with e normal of variance v in each of d dimensions, has to first order the
         cosine |m| / sqrt(|m|^2 + (d - 1) v) with m.
         """
-        across = (self.mean.shape[1] - 1) * self.row_variance
+        return self._turned_by(1.0)
+
+    def direction_interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Equal-tailed interval (lower, upper) of each feature's 1 - cosine, shape (d_sae,).
+
+        To first order d - 1 components across the mean turn a direction, with a variance that is
+        known with `variance_dof` degrees of freedom: their mean square is that variance times
+        F(d - 1, variance_dof).
+
+        Raises
+        ------
+        ValueError
+            If `level` is not strictly between 0 and 1.
+        """
+        ends = square_quantiles(tails(level), self.mean.shape[1] - 1, self.variance_dof)
+        lower, upper = (self._turned_by(torch.as_tensor(end).to(self.mean)) for end in ends)
+        return lower, upper
+
+    def _turned_by(self, square: Tensor | float) -> Float[Tensor, " d_sae"]:
+        """Return 1 - cosine where components across have `square` times their expected square."""
+        across = (self.mean.shape[1] - 1) * self.row_variance * square
         return 1 - (1 + across).rsqrt()
 
     @property
@@ -132,8 +156,10 @@ class DictionaryPosterior:
             "noise_precision": torch.stack([precision.concentration, precision.rate]),
             "held_out_elbo": torch.tensor(self.held_out_elbo, dtype=torch.float64),
         }
-        if self.log_odds_real is not None:
-            tensors["log_odds_real"] = self.log_odds_real
+        for name in ("log_odds_real", "variance_dof"):
+            value = getattr(self, name)
+            if value is not None:
+                tensors[name] = value
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
         with atomic_write(path, (_FILE,)) as folder:
             save_file(tensors, folder / _FILE)
@@ -157,4 +183,5 @@ class DictionaryPosterior:
             noise_precision=Gamma(saved["noise_precision"][0], saved["noise_precision"][1]),
             log_odds_real=saved.get("log_odds_real"),
             held_out_elbo=[(a, b) for a, b in saved["held_out_elbo"].tolist()],
+            variance_dof=saved.get("variance_dof"),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -107,16 +108,19 @@ class DictionaryStatistics:
         return Rows(self.directions + self._solve(self.gradient, cholesky), cholesky)
 
     def halves_agree(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Compare the steps from D that the tokens' two halves ask for.
+        """Compare the steps across the rows of D that the tokens' two halves ask for.
 
-        Returns per feature their inner product, and the square of half their difference, in units
-        of the rows' relative variance. The halves' errors are independent: what both say is D's
-        error, and in what they differ there is as much chance as in their mean.
+        Returns per feature, as means over the d_in - 1 directions across, the product of the two
+        and the square of half their difference. The halves' errors are independent: what both say
+        is D's error, and in what they differ there is as much chance as in their mean.
         """
-        first, second = (2 * self._solve(half, rows.cholesky) for half in self.half_gradients)
-        variance = rows.relative_variance
+        unit = F.normalize(self.directions, dim=1)
+        first, second = (
+            across(2 * self._solve(half, rows.cholesky), unit) for half in self.half_gradients
+        )
+        n_across = max(1, unit.shape[1] - 1)
         differ = (first - second).square().sum(1) / 4
-        return (first * second).sum(1) / variance, differ / variance
+        return (first * second).sum(1) / n_across, differ / n_across
 
     def _solve(self, gradient: Tensor, cholesky: Tensor) -> Tensor:
         return self._flat(torch.cholesky_solve(self._by_block(gradient), cholesky))
@@ -127,6 +131,11 @@ class DictionaryStatistics:
 
     def _flat(self, blocks: Tensor) -> Tensor:
         return blocks.flatten(0, 1)[: len(self.directions)]
+
+
+def across(rows: Float[Tensor, "d_sae d_in"], unit: Float[Tensor, "d_sae d_in"]) -> Tensor:
+    """Return what of each row is orthogonal to the unit row."""
+    return rows - (rows * unit).sum(1, keepdim=True) * unit
 
 
 def split_blocks(rows: Tensor, block_size: int, padding: float = 0.0) -> Tensor:

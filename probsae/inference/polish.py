@@ -13,7 +13,14 @@ from tqdm.auto import tqdm
 from probsae.activations.source import ActivationData, batches, check_activations, size_of
 from probsae.inference.compiling import has_compiler
 from probsae.inference.dictionary_posterior import DictionaryPosterior
-from probsae.inference.variational_em import Expectation, HeldOutGuard, Probe, Sums, maximize
+from probsae.inference.variational_em import (
+    Expectation,
+    HeldOutGuard,
+    Maximum,
+    Probe,
+    Sums,
+    maximize,
+)
 from probsae.models.base import SparseDictionary
 
 # Tokens of a pass over data without a size.
@@ -25,6 +32,7 @@ _LEAST_SHARE = 0.02
 _COMPILE_FROM = 1.5e8
 # Above this many features a block of S is no wider: it would take 2 GiB.
 _MAX_BLOCK = 16_384
+_TOO_FEW = "data must hold more than one batch: the first is held out"
 
 
 @torch.no_grad()
@@ -136,6 +144,53 @@ def polish(
     >>> tuple(posterior.direction_variance.shape)
     (32,)
     """
+    _check_arguments(n_passes, batch_size, n_tokens, block_size, prior_weight, forgetting_rate)
+    size = size_of(data)
+    if n_passes > 1 and isinstance(data, Iterator):
+        raise ValueError("an iterator can be passed over once; give polish a tensor or a store")
+    if size == 1:
+        raise ValueError("data must hold at least two tokens, of which one is held out, got 1")
+    if size:  # no more than a tenth is held out, and no token of it used
+        batch_size = min(batch_size, max(1, size // 10))
+        n_tokens = min(n_tokens or size, size - batch_size)
+    n_tokens = n_tokens or _N_TOKENS
+    least_share = max(_LEAST_SHARE, n_tokens / size if size else 0.0)
+    if compile is None:
+        n_codes = n_tokens * n_passes * model.d_sae
+        compile = not model.b_dec.is_cuda and n_codes > _COMPILE_FROM and has_compiler()
+    expectation = Expectation(model, n_sweeps, n_candidates, compile)
+    sums = Sums(model, block_size or min(model.d_sae, _MAX_BLOCK), prior_weight)
+    maximum = errors = None
+    guard = HeldOutGuard(expectation)
+    with guard.undo_on_error():
+        for _ in range(n_passes):
+            stream = batches(data, batch_size, seed=seed, device=model.b_dec.device)
+            held_out = _first(stream, model.d_in)
+            guard.begin(held_out)
+            tokens = _pass(stream, n_tokens, progress)
+            if forgetting_rate:
+                maximum = _online(expectation, sums, tokens, forgetting_rate)
+            else:
+                maximum = _whole(expectation, sums, tokens, Probe(expectation, held_out))
+            errors = errors or maximum.errors  # later passes see the same tokens, better placed
+            guard.check(errors.fit_error.clamp(least_share, 1))
+    assert maximum is not None
+    assert errors is not None
+    rows = maximum.posterior.rows._replace(mean=model.dictionary().double())
+    rows = rows.spread(errors.fit_error.clamp(least_share, 1))
+    return replace(
+        maximum.posterior, rows=rows, held_out_elbo=guard.history, variance_dof=errors.dof
+    )
+
+
+def _check_arguments(
+    n_passes: int,
+    batch_size: int,
+    n_tokens: int | None,
+    block_size: int | None,
+    prior_weight: float,
+    forgetting_rate: float,
+) -> None:
     counts = {"n_passes": n_passes, "batch_size": batch_size}
     counts |= {"n_tokens": n_tokens, "block_size": block_size}
     for name, value in counts.items():
@@ -146,47 +201,31 @@ def polish(
             "prior_weight must be positive and forgetting_rate at least 0 and below 1, "
             f"got {prior_weight} and {forgetting_rate}"
         )
-    if n_passes > 1 and isinstance(data, Iterator):
-        raise ValueError("an iterator can be passed over once; give polish a tensor or a store")
-    size = size_of(data)
-    if size == 1:
-        raise ValueError("data must hold at least two tokens, of which one is held out, got 1")
-    if size:  # no more than a tenth is held out, and no token of it used
-        batch_size = min(batch_size, max(1, size // 10))
-        n_tokens = min(n_tokens or size, size - batch_size)
-    n_tokens = n_tokens or _N_TOKENS
-    if compile is None:
-        n_codes = n_tokens * n_passes * model.d_sae
-        compile = not model.b_dec.is_cuda and n_codes > _COMPILE_FROM and has_compiler()
-    expectation = Expectation(model, n_sweeps, n_candidates, compile)
-    sums = Sums(model, block_size or min(model.d_sae, _MAX_BLOCK), prior_weight)
-    least_share = max(_LEAST_SHARE, n_tokens / size if size else 0.0)
-    if forgetting_rate:
-        least_share = 1.0
-    guard = maximum = share = None
-    for _ in range(n_passes):
-        stream = batches(data, batch_size, seed=seed, device=model.b_dec.device)
-        held_out = _first(stream, model.d_in)
-        guard = guard or HeldOutGuard(expectation, held_out)
-        sums.clear()
-        for x in _pass(stream, n_tokens, progress):
-            sums.fade(1 - forgetting_rate)
-            sums.add(x, expectation(x))
-            if forgetting_rate:
-                maximum = maximize(model, sums)
-        if not sums.n_tokens:
-            raise ValueError("data must hold more than one batch: the first is held out")
-        if not forgetting_rate:
-            maximum = maximize(model, sums, Probe(expectation, held_out))
-        assert maximum is not None
-        if share is None:  # later passes see the same tokens from a better start
-            share = maximum.fit_error.clamp(least_share, 1)
-        guard.check(share)
-    assert guard is not None
-    assert maximum is not None
-    assert share is not None
-    rows = maximum.posterior.rows._replace(mean=model.dictionary().double()).spread(share)
-    return replace(maximum.posterior, rows=rows, held_out_elbo=guard.history)
+
+
+def _whole(expectation: Expectation, sums: Sums, tokens: Iterator[Tensor], probe: Probe) -> Maximum:
+    """Pass over the tokens, then set the model to its optimum."""
+    sums.clear()
+    for x in tokens:
+        sums.add(x, expectation(x))
+    if not sums.n_tokens:
+        raise ValueError(_TOO_FEW)
+    return maximize(expectation.model, sums, probe)
+
+
+def _online(
+    expectation: Expectation, sums: Sums, tokens: Iterator[Tensor], forgetting_rate: float
+) -> Maximum:
+    """Set the model to its optimum after each batch, given those before it, the less the older."""
+    sums.clear()
+    maximum = None
+    for x in tokens:
+        sums.fade(1 - forgetting_rate)
+        sums.add(x, expectation(x))
+        maximum = maximize(expectation.model, sums)
+    if maximum is None:
+        raise ValueError(_TOO_FEW)
+    return maximum
 
 
 def _first(stream: Iterator[Tensor], d_in: int) -> Tensor:

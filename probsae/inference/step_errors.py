@@ -6,14 +6,14 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from probsae.inference.dictionary_statistics import DictionaryStatistics, Rows
+from probsae.inference.near_energies import follow, shrink, sum_nearby
 
-# Entries of rows that a figure is found from: its standard error is some 2%.
-_N_ENTRIES = 8_192
+# Entries of rows that figures are found from, those of a feature's neighbours.
+_N_ENTRIES = 16_384
 # Least share of the information that is taken to be observed: a step is at most doubled.
 _LEAST_OBSERVED = 0.5
 
@@ -25,6 +25,7 @@ class StepErrors(NamedTuple):
     of EM run to its end, M - D = o (W - D), with o the observed share of the information (Dempster,
     Laird and Rubin, 1977). What the halves' steps share is D's error, what they differ in M's own:
     W then has the variance of M over o^2, the sandwich (Huber, 1967) and not the model's word.
+    Only what lies across a row counts: along it a step changes the codes' scale.
 
     Attributes
     ----------
@@ -34,12 +35,21 @@ class StepErrors(NamedTuple):
     observed : Tensor, shape (d_sae,)
         o, in [.5, 1].
     variance : Tensor, shape (d_sae,)
-        Of W's entries, over what the rows and the noise variance say.
+        Of W's entries, over what the rows and the noise variance say (`stated`).
+    dof : Tensor, shape (d_sae,)
+        Degrees of freedom that f v / (f + v), the variance of the best of both, is known with.
     """
 
     fit_error: Float[Tensor, " d_sae"]
     observed: Float[Tensor, " d_sae"]
     variance: Float[Tensor, " d_sae"]
+    dof: Float[Tensor, " d_sae"]
+
+    @classmethod
+    def stated(cls, stated: Float[Tensor, " d_sae"]) -> StepErrors:
+        """Take `stated`, the variance of the rows' entries, for true, and all of the step."""
+        ones = torch.ones_like(stated)
+        return cls(ones, ones, ones, torch.inf * ones)
 
     @classmethod
     def of(
@@ -47,35 +57,43 @@ class StepErrors(NamedTuple):
         statistics: DictionaryStatistics,
         rows: Rows,
         is_shown: Bool[Tensor, " d_sae"],
-        noise_variance: Tensor,
+        stated: Float[Tensor, " d_sae"],
         information: tuple[Tensor, Tensor],
+        energy: Float[Tensor, " d_sae"],
     ) -> StepErrors:
-        """Find them over features of near energies.
+        """Find them over features of near `energy`, what the fit expects of a code: E z^2.
 
-        `information` is what `observed_information` returns. Features that the tokens do not show
-        are given the figures of the least that they do.
+        The tokens' own energies would not do: of a feature that fires 40 times they are known to
+        a fifth, and features whose energy came out alike would differ in D's error by as much.
+        `stated` is the variance of the rows' entries given the noise, `information` is what
+        `observed_information` returns. Features that the tokens do not show are given the figures
+        of the least that they do.
         """
         agreed, differ = statistics.halves_agree(rows)
-        order = statistics.energy.argsort(descending=True)
+        order = energy.argsort(descending=True)
         order = order[is_shown[order]]
         if len(order) == 0:
-            ones = torch.ones_like(agreed)
-            return cls(torch.zeros_like(agreed), ones, ones)
-        reach = math.ceil(_N_ENTRIES / rows.mean.shape[1]) // 2
-        totals = torch.stack([agreed, differ, *information])[:, order]
-        agreed, differ, observed, complete = _sums_nearby(totals, reach).clamp(min=0)
-        observed = torch.where(complete > 0, observed / complete, 1).clamp(_LEAST_OBSERVED, 1)
-        n_entries = _sums_nearby(torch.ones_like(totals[:1]), reach)[0] * rows.mean.shape[1]
-        found = torch.stack(
-            [
-                agreed / (agreed + differ).clamp(min=1e-300),
-                observed,
-                (differ / n_entries / noise_variance / observed.square()).clamp(min=1e-12),
-            ]
-        )
+            return cls.stated(stated)._replace(fit_error=torch.zeros_like(stated))
+        n_across = max(1, rows.mean.shape[1] - 1)
+        reach = math.ceil(_N_ENTRIES / n_across) // 2
+        columns = torch.stack([agreed, differ / stated, stated, energy.double(), *information])
+        agreed, differ, stated, energy, *parts = columns[:, order]
+        observed = _share(*sum_nearby(torch.stack(parts), reach))
+        spread = shrink(differ, 2 / n_across, reach)
+        variance = spread.value * stated
+        fit = follow(agreed, variance, energy, n_across, reach)
+        share = fit.value / (fit.value + variance).clamp(min=1e-300)
+        error = (1 - share).square() * fit.error + share.square() * spread.error
+        factor = (spread.value / observed.square()).clamp(min=1e-12)
+        found = torch.stack([share, observed, factor, (2 / error).clamp(min=1)])
         of_all = found[:, -1:].repeat(1, len(is_shown))
         of_all[:, order] = found
         return cls(*of_all)
+
+
+def _share(observed: Tensor, complete: Tensor) -> Tensor:
+    share = observed / complete.clamp(min=1e-300)
+    return torch.where(complete > 0, share, 1).clamp(_LEAST_OBSERVED, 1)
 
 
 def observed_information(
@@ -101,11 +119,3 @@ def observed_information(
     mean, variance = before
     complete = mean.T @ (mean @ step) + variance.sum(0)[:, None] * step
     return (change * step).sum(1).double(), (complete * step).sum(1).double()
-
-
-def _sums_nearby(values: Float[Tensor, "k n"], reach: int) -> Float[Tensor, "k n"]:
-    """Sum up to `reach` columns to either side, and their own."""
-    place = torch.arange(values.shape[1], device=values.device)
-    totals = F.pad(values.cumsum(1), (1, 0))
-    end = (place + reach + 1).clamp(max=len(place))
-    return totals[:, end] - totals[:, (place - reach).clamp(min=0)]

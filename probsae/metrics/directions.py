@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from scipy.stats import chi2, spearmanr
+from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from probsae.levels import check_level
+from probsae.levels import check_level, square_quantiles, tails
 from probsae.metrics.ranking import DoubtScore, score_doubt
 from probsae.metrics.recovery import match_features, max_cosines
 
@@ -39,6 +40,7 @@ def direction_calibration(
     features: Float[Tensor, "feature d_in"],
     direction_variance: Float[Tensor, " d_sae"],
     *,
+    variance_dof: Float[Tensor, " d_sae"] | None = None,
     threshold: float = 0.9,
     level: float = 0.9,
 ) -> DirectionCalibration:
@@ -46,7 +48,8 @@ def direction_calibration(
 
     To first order a normal error turns a direction by its d_in - 1 components across, and 1 - cos
     is half their squared length: a chi-square with d_in - 1 degrees of freedom, scaled to the
-    predicted mean. That gives the interval.
+    predicted mean, or F(d_in - 1, variance_dof) where the variance is an estimate itself. That
+    gives the interval.
 
     Parameters
     ----------
@@ -56,6 +59,9 @@ def direction_calibration(
         True directions, of any norm.
     direction_variance : Tensor, shape (d_sae,)
         Expected 1 - cosine with the true direction, `DictionaryPosterior.direction_variance`.
+    variance_dof : Tensor, shape (d_sae,), optional
+        Degrees of freedom that each variance is known with, `DictionaryPosterior.variance_dof`;
+        certain where None.
     threshold : float, default 0.9
         Pairs of the Hungarian matching with a lower cosine are left out: posteriors describe the
         surroundings of one optimum, not whether it is the right one. `share_kept` says how many
@@ -66,10 +72,12 @@ def direction_calibration(
     Raises
     ------
     ValueError
-        If shapes do not fit, a variance is not positive, or the level is outside (0, 1).
+        If shapes do not fit, a variance or its degrees of freedom are not positive, or the level
+        is outside (0, 1).
     """
     _check_variance(directions, direction_variance)
     check_level(level)
+    _check_dof(variance_dof, direction_variance)
     match = match_features(directions, features).above(threshold)
     columns = match.learned.to(directions.device)
     predicted = direction_variance.double()[columns].cpu()
@@ -78,14 +86,16 @@ def direction_calibration(
     # Half the squared distance of unit vectors: 1 - cos without its cancellation.
     actual = 0.5 * (learned - true).square().sum(-1)
     n_across = directions.shape[1] - 1
-    lower, upper = (float(chi2.ppf(t, n_across)) for t in ((1 - level) / 2, (1 + level) / 2))
-    turned = n_across * actual / predicted
+    dof = None if variance_dof is None else variance_dof[columns]
+    lower, upper = square_quantiles(tails(level), n_across, dof)
+    square = (actual / predicted).numpy()
+    is_inside = (square >= lower) & (square <= upper)
     return DirectionCalibration(
         predicted=predicted,
         actual=actual,
         median_ratio=_median(predicted / actual),
         spearman=_spearman(predicted, actual),
-        coverage=float(((turned >= lower) & (turned <= upper)).double().mean()),
+        coverage=float(is_inside.mean()) if len(is_inside) else math.nan,
         level=level,
         share_kept=len(columns) / len(features),
     )
@@ -125,6 +135,14 @@ def _check_variance(directions: Tensor, variance: Tensor) -> None:
         )
     if not bool((variance > 0).all()):
         raise ValueError("direction_variance must be positive; a point dictionary has none")
+
+
+def _check_dof(dof: Tensor | None, variance: Tensor) -> None:
+    if dof is not None and (dof.shape != variance.shape or not bool((dof > 0).all())):
+        raise ValueError(
+            f"variance_dof must be positive numbers of shape {tuple(variance.shape)}, as "
+            f"direction_variance has, got shape {tuple(dof.shape)}"
+        )
 
 
 def _median(values: Tensor) -> float:

@@ -128,18 +128,31 @@ def test_halves_of_the_tokens_agree_on_the_error_of_the_dictionary_alone():
         found = agreed[group].sum() / (agreed + differ)[group].sum()
         # 2,000 numbers: a standard error of some 2%.
         assert abs(found - expected[group].mean()) < 0.1
-        own = differ[group].mean() / d_in / noise_scale**2
+        own = (differ / variance)[group].mean()
         assert own == pytest.approx(1, abs=0.15)
     assert 0.1 < expected.min() < 0.2 < 0.8 < expected.max()
 
 
-def test_halves_of_the_tokens_make_the_whole_step():
+def test_halves_of_the_tokens_make_the_whole_step_across_the_rows():
     codes, variance, x, directions = problem()
     statistics = summed(directions, codes, variance, x)
     rows = statistics.solve(torch.ones(7))
     agreed, differ = statistics.halves_agree(rows)
-    expected = (rows.mean - statistics.directions).square().sum(1) / rows.relative_variance
-    torch.testing.assert_close(agreed + differ, expected)
+    step, unit = rows.mean - statistics.directions, statistics.directions
+    along = (step * unit).sum(1) ** 2
+    across = (step.square().sum(1) - along) / (step.shape[1] - 1)
+    torch.testing.assert_close(agreed + differ, across, rtol=1e-5, atol=0)
+
+
+def test_what_lies_along_the_rows_is_no_error_of_their_direction():
+    """Codes in other units make rows longer or shorter, and turn none."""
+    _, variance, _, directions = problem()
+    codes = torch.rand(200, 7) * torch.nn.functional.one_hot(torch.arange(200) % 7, 7)
+    statistics = summed(directions, codes, 0 * variance, 1.3 * codes @ directions)
+    rows = statistics.solve(torch.zeros(7))
+    assert rows.mean.norm(dim=1).sub(1.3).abs().max() < 1e-5
+    for figure in statistics.halves_agree(rows):
+        assert figure.abs().max() < 1e-12
 
 
 def test_halves_go_on_from_batch_to_batch():

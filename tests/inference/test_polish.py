@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 import probsae as ps
 from probsae.inference import elbo_terms
-from probsae.inference.variational_em import Sums, _State
+from probsae.inference.variational_em import Expectation, Sums, _State
 from probsae.models.code_priors import learned_spike_slab
 
 N_FEATURES = 48
@@ -168,6 +169,49 @@ def test_intervals_of_the_rates_hold_the_true_ones(problem):
     # Of 48 intervals at 99%, more than five outside has a chance of 1e-5.
     assert int((~is_inside).sum()) <= 5
     assert (posterior.rate_interval(0.5)[0] > lower).all()
+
+
+def test_intervals_of_directions_nest_around_what_is_expected(problem, tmp_path):
+    model, data = problem
+    posterior = ps.polish(model, data, n_tokens=8_000, batch_size=2_000)
+    assert posterior.variance_dof is not None
+    assert bool((posterior.variance_dof >= 1).all())
+    (low, high), (lower, upper) = (posterior.direction_interval(p) for p in (0.5, 0.9))
+    assert bool(((lower > 0) & (lower < low) & (low < high) & (high < upper) & (upper < 1)).all())
+    expected = posterior.direction_variance
+    assert bool(((lower < expected) & (expected < upper)).all())
+    posterior.save(tmp_path)
+    loaded = ps.DictionaryPosterior.load(tmp_path)
+    for ours, theirs in zip(
+        posterior.direction_interval(), loaded.direction_interval(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    certain = dataclasses.replace(posterior, variance_dof=None)
+    certain.save(tmp_path)  # as files of former versions are
+    known = ps.DictionaryPosterior.load(tmp_path).direction_interval()
+    assert bool(((known[0] >= lower) & (known[1] <= upper)).all())
+
+
+@pytest.mark.parametrize("where", ["a batch", "the probe", "the guard"])
+def test_an_interrupt_leaves_the_model_as_it_was(problem, monkeypatch, where):
+    model, data = problem
+    before = copy.deepcopy(model.state_dict())
+    call = {"a batch": 3, "the probe": 7, "the guard": 8}[where]  # of the codes' inference
+    n_calls = 0
+    infer = Expectation.__call__
+
+    def interrupted(self, x):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == call:
+            raise KeyboardInterrupt
+        return infer(self, x)
+
+    monkeypatch.setattr(Expectation, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ps.polish(model, data, n_tokens=8_000, batch_size=2_000, compile=False)
+    changed = [k for k, v in model.state_dict().items() if not torch.allclose(v, before[k])]
+    assert changed == []
 
 
 def test_a_sharper_posterior_comes_from_more_tokens(problem):

@@ -62,9 +62,11 @@ def test_features_are_given_figures_of_near_energies():
     is_shown = torch.arange(1_200) < 1_000
     information = (torch.linspace(1.0, 0.6, 1_200).double(), torch.ones(1_200).double())
     noise = torch.tensor(0.01).double()
-    errors = StepErrors.of(statistics, rows, is_shown, noise, information)
+    errors = StepErrors.of(
+        statistics, rows, is_shown, noise * rows.relative_variance, information, statistics.energy
+    )
     assert errors.observed[:100].mean() > 0.9
-    assert 0.6 < errors.observed[900:1_000].mean() < 0.75
+    assert 0.6 < errors.observed[900:1_000].mean() < 0.8
     # The noise is .1, and with codes known the rows' own variance is true, but for o^2.
     assert (errors.variance * errors.observed**2).mean().item() == pytest.approx(1, abs=0.1)
     last = statistics.energy[:1_000].argmin()
@@ -77,6 +79,40 @@ def test_nothing_shown_leaves_the_rows_their_own_errors():
     zeros = torch.zeros(4).double()
     is_shown = torch.zeros(4, dtype=torch.bool)
     rows = statistics.solve(torch.ones(4))
-    errors = StepErrors.of(statistics, rows, is_shown, zeros[0] + 1, (zeros, zeros))
+    errors = StepErrors.of(
+        statistics, rows, is_shown, rows.relative_variance, (zeros, zeros), statistics.energy
+    )
     assert (errors.fit_error == 0).all()
     assert (errors.variance == 1).all()
+
+
+def test_intervals_hold_what_they_say_for_frequent_and_rare_features():
+    """D is off by what falls with the energy; a step is taken from it, of 20,000 tokens' codes."""
+    n, d_in, noise_scale = 600, 100, 0.3
+    truth = torch.nn.functional.normalize(torch.randn(n, d_in), dim=1).double()
+    rate = torch.logspace(-0.7, -2.7, n)
+    fit_variance = 1e-5 * rate.double() ** -0.8
+    statistics = Sums(ps.SpikeSlabDictionary(d_in, n), n, 1.0).dictionary
+    start = truth + fit_variance.sqrt()[:, None] * torch.randn(n, d_in)
+    statistics.move(torch.nn.functional.normalize(start, dim=1))
+    for _ in range(10):
+        codes = torch.rand(2_000, n) * (torch.rand(2_000, n) < rate)
+        x = codes @ truth.float() + noise_scale * torch.randn(2_000, d_in)
+        statistics.add(codes, torch.zeros_like(codes), x)
+    rows = statistics.solve(torch.zeros(n))
+    stated = noise_scale**2 * rows.relative_variance
+    is_shown = torch.ones(n, dtype=torch.bool)
+    information = (torch.ones(n).double(), torch.ones(n).double())
+    errors = StepErrors.of(statistics, rows, is_shown, stated, information, rate)
+    step = rows.mean - statistics.directions
+    found = statistics.directions + errors.fit_error[:, None] * step
+    expected = (d_in - 1) / 2 * stated * errors.variance * errors.fit_error
+    result = ps.metrics.direction_calibration(found, truth, expected, variance_dof=errors.dof)
+    assert result.share_kept == 1
+    for group in (slice(None), slice(0, 200), slice(400, 600)):
+        part = ps.metrics.direction_calibration(
+            found[group], truth[group], expected[group], variance_dof=errors.dof[group]
+        )
+        # 200 features: a standard error of 2%, and neighbours' figures err together.
+        assert 0.83 < part.coverage < 0.97
+        assert part.median_ratio == pytest.approx(1, abs=0.1)

@@ -73,6 +73,22 @@ def test_a_wrong_variance_is_seen_in_ratio_and_coverage_but_not_in_rank(factor):
     assert result.spearman == pytest.approx(right.spearman)
 
 
+def test_intervals_know_how_well_the_variance_is_known():
+    """A variance that is a chi-square of 40 degrees of freedom off: F intervals hold, fixed ones
+    do not."""
+    directions, features, variance = posterior_problem()
+    dof = torch.full((N,), 40.0)
+    generator = torch.Generator().manual_seed(2)
+    found = variance * torch.randn(40, N, generator=generator).square().mean(0)
+    fixed = direction_calibration(directions, features, found)
+    known = direction_calibration(directions, features, found, variance_dof=dof)
+    low, high = binom.interval(1 - FALSE_ALARM_RATE, N, 0.9)
+    assert low <= known.coverage * N <= high
+    assert fixed.coverage * N < low
+    certain = direction_calibration(directions, features, variance, variance_dof=dof * torch.inf)
+    assert certain.coverage == direction_calibration(directions, features, variance).coverage
+
+
 def test_scale_and_order_do_not_matter():
     directions, features, variance = posterior_problem()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
