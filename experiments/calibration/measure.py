@@ -48,8 +48,7 @@ def measure(
     for name in posteriors:
         few = ps.refine(model, x[:n_importance]) if name == "refined" else None
         result[name] |= _importance(model, x[:n_importance], few, seed)
-    result["polished"] = _polished(copy.deepcopy(model), data, n_polish, seed)
-    return finite(result)
+    return finite(result) | polished(model, data, n_polish=n_polish, seed=seed)
 
 
 def finite(value: Any) -> Any:
@@ -104,13 +103,14 @@ def _importance(
     }
 
 
-def _polished(
-    model: ps.SpikeSlabDictionary, data: ps.SyntheticActivations, n_tokens: int, seed: int
-) -> list[dict[str, Any]]:
+def polished(
+    model: ps.SpikeSlabDictionary, data: ps.SyntheticActivations, *, n_polish: int, seed: int
+) -> dict[str, Any]:
     """Return what each closed-form pass makes of the dictionary, and how true its posterior is."""
+    model = copy.deepcopy(model)
     passes = []
     for number in range(1, N_PASSES + 1):
-        posterior = ps.polish(model, data, n_tokens=n_tokens, seed=seed + number, progress=False)
+        posterior = ps.polish(model, data, n_tokens=n_polish, seed=seed + number, progress=False)
         row = ps.evaluate([model], data, seed=seed).rows[0]
         cosines = metrics.max_cosines(model.dictionary(), data.features)
         result = {
@@ -121,7 +121,7 @@ def _polished(
             "held_out_elbo": [list(pair) for pair in posterior.held_out_elbo],
         }
         passes.append(result | directions(posterior, data.features.double()))
-    return passes
+    return finite({"polished": passes})
 
 
 def directions(posterior: ps.DictionaryPosterior, features: Tensor) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 import probsae as ps
-from experiments.calibration.measure import measure
+from experiments.calibration.measure import measure, polished
 from probsae.inference import NoiseFloorWarning
 
 RESULTS = Path(__file__).parent / "results"
@@ -96,6 +96,16 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """Fit and measure."""
+        size = SIZES[self.scale]
+        sizes = {name: getattr(size, name) for name in ("n_tokens", "n_importance", "n_polish")}
+        return _origin() | measure(*self._fitted(), **sizes, seed=self.seed + 1)
+
+    def run_passes(self) -> dict[str, Any]:
+        """Fit, and measure the passes of `polish` alone."""
+        found = polished(*self._fitted(), n_polish=SIZES[self.scale].n_polish, seed=self.seed + 1)
+        return {"commit_of_passes": _origin()["commit"]} | found
+
+    def _fitted(self) -> tuple[ps.SpikeSlabDictionary, ps.SyntheticActivations]:
         size, data = SIZES[self.scale], activations(self.condition, self.scale, self.seed)
         with torch.random.fork_rng(), warnings.catch_warnings():
             if self.condition == "no_noise":  # there the floor binds, and the result says so
@@ -110,8 +120,7 @@ class Job:
                 seed=self.seed,
                 progress=False,
             )
-        sizes = {name: getattr(size, name) for name in ("n_tokens", "n_importance", "n_polish")}
-        return measure(model, data, **sizes, seed=self.seed + 1)
+        return model, data
 
 
 def main(
@@ -119,6 +128,7 @@ def main(
     n_steps: int = 2_000,
     seeds: tuple[int, ...] = (0, 1, 2),
     conditions: tuple[Condition, ...] = CONDITIONS,
+    passes_again: bool = False,
     out: Path = RESULTS,
 ) -> None:
     """Fit and measure what has no result yet, and print the table.
@@ -133,12 +143,18 @@ def main(
         Of data and fit.
     conditions
         Data to fit.
+    passes_again
+        Fit again what has a result, and measure the passes of `polish` alone.
     out
         Folder of the results.
     """
     jobs = [Job(c, seed, scale, n_steps) for c, seed in product(conditions, seeds)]
-    for job in tqdm([job for job in jobs if not (out / job.file).exists()], unit="fit"):
-        _write(out / job.file, {"job": dataclasses.asdict(job), **_origin(), **job.run()})
+    for job in tqdm([job for job in jobs if passes_again or not (out / job.file).exists()]):
+        file = out / job.file
+        if file.exists():
+            _write(file, json.loads(file.read_text()) | job.run_passes())
+        else:
+            _write(file, {"job": dataclasses.asdict(job), **job.run()})
     print(table([json.loads((out / job.file).read_text()) for job in jobs]))
 
 
