@@ -45,6 +45,10 @@ def test_two_conditions_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     tyro.cli(main, args=command)  # everything is there: nothing is fitted again
     assert [file.stat().st_mtime_ns for file in files] == before
     assert "| share found |" in capsys.readouterr().out
+    tyro.cli(main, args=[*command, "--passes-again"])
+    again = json.loads(files[0].read_text())
+    assert again.pop("commit_of_passes") == again["commit"]
+    assert again == result  # also the fit is the same
 
 
 def test_conditions_differ_as_they_say():
