@@ -54,11 +54,11 @@ class Row:
     recall: float | None = None
     recall_chance: float | None = None
     f1: float | None = None
-    """Of the support p_active > .5, over all true features, unmatched ones counting as missed.
-    Codes of learned features without a true one to match are not counted: there is nothing that
-    says when they should be active."""
+    """Of the support p_active > .5, over all true features; those not found count as missed.
+    Codes of learned features that no true one was found by are not counted, in precision and F1,
+    whether matched at chance or left over: there is nothing that says when to be active."""
     best_f1: float | None = None
-    """At the best threshold on the codes' size (deterministic) or on p_active."""
+    """The same at the best threshold on the codes' size (points) or on p_active; at least `f1`."""
     f1_chance: float | None = None
     brier: float | None = None
     """Mean squared difference of p_active and the truth, over found features."""

@@ -32,6 +32,7 @@ class Scores:
         self.size: list[Tensor] = []
         self.true: list[Tensor] = []
         self.covered, self.n_positive, self.n_missing = 0, 0, 0
+        self.is_point = True
         if features is not None:
             self.match = recovery.match_features(learned, features)
             self.found = self.match.cosine > FOUND_COSINE
@@ -64,6 +65,7 @@ class Scores:
         self, mean: Tensor, p_active: Tensor, posterior: CodePosterior, z: Tensor
     ) -> None:
         columns, true = self.match.learned, z[:, self.match.true]
+        self.is_point &= posterior.is_point
         self.p.append(p_active[:, columns].cpu())
         self.size.append(mean[:, columns].abs().cpu())
         is_true = true != 0
@@ -105,12 +107,12 @@ class Scores:
 
     def support(self, is_probabilistic: bool) -> dict[str, Any]:
         p, size, true = torch.cat(self.p), torch.cat(self.size), torch.cat(self.true)
-        # A match at chance level is none: its column predicts nothing.
-        p_found, size_found = p * self.found, size * self.found
-        hits = int(((p_found > 0.5) & true).sum())
+        # A match at chance level is none. Its column predicts nothing, right or wrong, as if the
+        # learned feature had been left over by the assignment.
+        is_active = (p > 0.5) & self.found
+        hits, n_predicted = int((is_active & true).sum()), int(is_active.sum())
         n_true = int(true.sum()) + self.n_missing
-        n_predicted = int((p > 0.5).sum())
-        score = p_found if is_probabilistic else size_found
+        score = (size if self.is_point else p) * self.found
         best, _ = recovery.best_threshold_f1(score, true, self.n_missing)
         row: dict[str, Any] = {
             "precision": hits / n_predicted if n_predicted else 0.0,

@@ -5,9 +5,11 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from torch.distributions import Normal
 
 import probsae as ps
-from probsae.models import PointPosterior
+from probsae.distributions import SpikeSlab
+from probsae.models import CodePosterior, PointPosterior
 
 
 class Oracle:
@@ -61,6 +63,51 @@ def test_an_oracle_is_perfect_and_half_of_one_half_so(data):
     assert half.recall_chance == pytest.approx(0.5, abs=0.03)
     # Half the codes' second moment over their variance: .5 (1/12) / (1/12 - 1/64).
     assert half.fvu == pytest.approx(0.615, abs=0.03)
+
+
+class Binary(Oracle):
+    """Says 1 where a direction's projection is positive: no threshold can change that."""
+
+    def encode(self, x):
+        return PointPosterior((x @ self.features.T > 1e-4).float())
+
+
+def _half_at_random(data):
+    others = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    return torch.cat([data.features[:4], torch.nn.functional.normalize(others, dim=-1)])
+
+
+def test_predictions_of_features_not_found_count_in_neither_f1(data):
+    dictionaries = {
+        "half": Binary(data.features, 4),
+        "and others": Binary(_half_at_random(data)),
+        # Left over by the assignment, not matched at chance: the true ones are all taken.
+        "and more": Binary(torch.cat([data.features, _half_at_random(data)[4:]])),
+    }
+    half, others, more = ps.evaluate(dictionaries, data, n_tokens=4000).rows
+    assert (others.share_found, more.share_found) == (0.5, 1)
+    for name in ("precision", "recall", "f1", "best_f1"):
+        assert getattr(others, name) == getattr(half, name)
+    for row in (half, others, more):
+        assert row.best_f1 == row.f1
+        assert row.precision == pytest.approx(1, abs=1e-3)
+    assert more.f1 == pytest.approx(1, abs=1e-3)
+
+
+class Doubtful(Oracle):
+    """A posterior of no model of ours, whose inactive codes would be large if they were not."""
+
+    def encode(self, x):
+        is_active = x @ self.features.T > 1e-4
+        logits, mean = torch.where(is_active, 2.0, -2.0), torch.where(is_active, 0.1, 9.0)
+        return CodePosterior(SpikeSlab(logits, Normal(mean, 0.1)))
+
+
+def test_the_best_f1_is_never_below_f1(data):
+    models = [ps.SpikeSlabDictionary(12, 10), ps.ReLUSAE(12, 10), ps.TopKSAE(12, 10, k=2)]
+    dictionaries = [*models, Doubtful(data.features), Binary(data.features)]
+    for row in ps.evaluate(dictionaries, data, n_tokens=1000).rows:
+        assert row.best_f1 >= row.f1, row.method
 
 
 def test_truth_as_tensors_gives_the_same(data):
