@@ -2,7 +2,7 @@
 
 import json
 import runpy
-import shutil
+import sys
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from probsae import ReLUSAE, Report, SyntheticActivations
 from probsae.activations import ActivationStore, StoreWriter
 from probsae.cli import main
 from probsae.compare import ALL
-from probsae.models import save
+from probsae.inference.callbacks import Checkpoint
+from probsae.models import load, save
 from probsae.report import markdown
 from tests.lm.tiny import tiny_language_model
 
@@ -127,16 +128,39 @@ def test_harvest_reads_a_saved_dataset(tmp_path, monkeypatch):
     assert ActivationStore(tmp_path / "s").labels().tolist() == [2, 3, 5, 6, 8, 9]
 
 
-def test_resume_goes_on_from_the_checkpoint(tmp_path, store, capsys):
-    options = ["--d-sae", 12, "--n-steps", 4, "--batch-size", 64, "--out", tmp_path / "a"]
-    run("fit", store, *options)
+class Killed(Checkpoint):
+    """Written after 4 steps; the fit is killed after 6."""
+
+    def __init__(self, path):
+        super().__init__(path, every=4)
+
+    def on_step(self, state):
+        super().on_step(state)
+        if state.step == 6:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("steered", [[], ["--target-l0", 3]])
+def test_resume_goes_on_from_the_checkpoint(tmp_path, store, capsys, monkeypatch, steered):
+    options = ["--d-sae", 12, "--n-steps", 9, "--batch-size", 64, *steered]
+    run("fit", store, *options, "--out", tmp_path / "whole")
+    killed = [*options, "--out", tmp_path / "killed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["probsae.cli.fit"], "Checkpoint", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("fit", store, *killed)
     with pytest.raises(SystemExit):
-        run("fit", store, *options)
-    shutil.rmtree(tmp_path / "a" / "model")  # as after a kill: the checkpoint only
-    with pytest.raises(SystemExit):
-        run("fit", store, *options)
+        run("fit", store, *killed)
     assert "--resume" in capsys.readouterr().err
-    run("fit", store, *options, "--resume")
+    run("fit", store, *killed, "--resume")
+    whole, resumed = (load(tmp_path / name / "model") for name in ("whole", "killed"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    histories = [(tmp_path / name / "history.json").read_text() for name in ("whole", "killed")]
+    assert histories[0] == histories[1]
+    with pytest.raises(SystemExit):
+        run("fit", store, *killed)
+    assert "holds a fitted model" in capsys.readouterr().err
 
 
 def test_folders_of_other_things_are_left_alone(tmp_path, store, capsys, monkeypatch):

@@ -85,7 +85,7 @@ def fit(
     activations = ActivationStore(store)
     train, _ = activations.split(held_out)
     arguments = _json_object(options)
-    callbacks: list[Callback] = [Checkpoint(out / "checkpoint")]
+    callbacks: list[Callback] = []
     if target_l0 is not None:
         if model not in get_args(Steerable):
             raise ValueError(
@@ -102,6 +102,7 @@ def fit(
         from probsae.inference.wandb_logger import WandbLogger
 
         callbacks.append(WandbLogger(directory=out))
+    callbacks.append(Checkpoint(out / "checkpoint"))  # behind what changes the model in a step
     result = run_fit(
         dictionary,
         train,
