@@ -160,7 +160,7 @@ def test_resume_goes_on_from_the_checkpoint(tmp_path, store, capsys, monkeypatch
     assert histories[0] == histories[1]
     with pytest.raises(SystemExit):
         run("fit", store, *killed)
-    assert "holds a fitted model" in capsys.readouterr().err
+    assert "holds a fitted model; choose another folder" in capsys.readouterr().err
 
 
 def test_folders_of_other_things_are_left_alone(tmp_path, store, capsys, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -12,12 +11,12 @@ import tyro
 
 from probsae import models
 from probsae.activations.store import ActivationStore
-from probsae.inference.callbacks import Callback, Checkpoint
+from probsae.inference.callbacks import Callback, Checkpoint, steps_done
 from probsae.inference.fit import fit as run_fit
 from probsae.inference.polish import polish as run_polish
 from probsae.inference.target_l0 import TargetL0
-from probsae.models.files import load, save
-from probsae.report.run_files import DATA, POSTERIOR, describe_store
+from probsae.models.files import load
+from probsae.report.run_files import DATA, MODEL, POSTERIOR, describe_store, replace_model
 from probsae.report.run_folder import activations_of
 
 ModelName = Literal[
@@ -70,11 +69,11 @@ def fit(
         seed: Of the initial directions and of the batches.
         device: A GPU where there is one, by default.
         wandb: Log to Weights & Biases, offline where there is no account.
-        resume: Go on from the checkpoint in `out`.
+        resume: Go on from the checkpoint in `out`; a fit that has ended is left as it is.
         verify: Read the store through first, and compare its checksums.
     """
-    if (out / "model").exists() and not resume:
-        raise FileExistsError(f"{out} holds a fitted model; choose another folder, or --resume")
+    if (out / MODEL).exists() and not resume:
+        raise FileExistsError(f"{out} holds a fitted model; choose another folder")
     if (out / "checkpoint").exists() and not resume:
         raise FileExistsError(
             f"{out} holds the checkpoint of a fit that did not end; --resume, or choose another "
@@ -96,6 +95,12 @@ def fit(
         callbacks.append(TargetL0(target_l0))
     torch.manual_seed(seed)
     dictionary = getattr(models, model)(d_in=train.d_in, d_sae=d_sae, **arguments)
+    if (out / MODEL).exists():
+        rate = dictionary.default_learning_rate if learning_rate is None else learning_rate
+        settings = {"n_steps": n_steps, "seed": seed, "batch_size": batch_size}
+        n_done = steps_done(out / "checkpoint", dictionary, {**settings, "learning_rate": rate})
+        print(f"{out / MODEL} is of a fit that ended after {n_done:,} steps: nothing to resume")
+        return
     if verify:
         activations.verify()
     if wandb:
@@ -114,12 +119,12 @@ def fit(
         callbacks=callbacks,
         resume=out / "checkpoint" if resume else None,
     )
-    save(dictionary, out / "model")
     (out / DATA).write_text(describe_store(store, held_out, seed))
     (out / "history.json").write_text(json.dumps(result.history))
+    replace_model(out, dictionary)  # the last word: where it is, nothing is left to resume
     last = {name: values[-1] for name, values in result.history.items()}
     print(f"step {last['step']}: elbo {last['elbo']:.2f}, fvu {last['fvu']:.4f}", end="")
-    print(f", l0 {last['l0']:.1f}; written: {out / 'model'}")
+    print(f", l0 {last['l0']:.1f}; written: {out / MODEL}")
 
 
 def polish(
@@ -133,24 +138,24 @@ def polish(
     """Give a fitted dictionary its closed-form optimum, and keep how certain that is.
 
     Args:
-        run: Folder that `probsae fit` wrote; its model is replaced, the posterior lies beside it.
+        run: Folder that `probsae fit` wrote; its model is replaced, the posterior lies beside it,
+            and what was made of the former model (stability, reliability, page) is deleted.
         store: Activations; by default those of the fit.
         n_tokens: Tokens of a pass; all that the fit saw by default.
         n_passes: Passes over the activations.
         prior_weight: Activations that each feature's fitted direction counts as.
         seed: Of the order of the tokens.
     """
-    if not (run / "model").exists():
+    if not (run / MODEL).exists():
         raise FileNotFoundError(
             f"{run} holds no dictionary (model/); pass what `probsae fit` wrote"
         )
-    dictionary = load(run / "model")
+    dictionary = load(run / MODEL)
     data, _ = activations_of(run, store)
     posterior = run_polish(
         dictionary, data, n_tokens=n_tokens, n_passes=n_passes, prior_weight=prior_weight, seed=seed
     )
-    shutil.rmtree(run / POSTERIOR, ignore_errors=True)  # the former model's
-    save(dictionary, run / "model")
+    replace_model(run, dictionary)
     posterior.save(run / POSTERIOR)
     (before, _), (after, _) = posterior.held_out_elbo[0], posterior.held_out_elbo[-1]
     print(f"held-out elbo {before:.2f} -> {after:.2f}; written: {run / POSTERIOR}")

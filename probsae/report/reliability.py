@@ -13,7 +13,7 @@ from probsae.activations.shards import write_bytes
 from probsae.dictionary import Dictionary, posterior_batches
 from probsae.metrics import calibration, recovery
 from probsae.models.base import SparseDictionary
-from probsae.report.run_files import DATA, RELIABILITY, describe_reliability, read_json
+from probsae.report.run_files import RELIABILITY, describe_reliability, method_of, read_json
 from probsae.scores import FOUND_COSINE
 from probsae.synthetic import SyntheticActivations
 
@@ -72,5 +72,4 @@ def evaluate_reliability(
     Nothing is written for one that has found no feature.
     """
     for run, prediction in predictions_of(dictionaries, data).items():
-        name = read_json(Path(run) / DATA).get("method", type(dictionaries[run]).__name__)
-        write_reliability(run, {name: prediction})
+        write_reliability(run, {method_of(run, dictionaries[run]): prediction})

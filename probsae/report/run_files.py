@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from probsae.activations.shards import write_bytes
 from probsae.metrics.calibration import Reliability
+from probsae.models.base import SparseDictionary
+from probsae.models.files import save
 from probsae.synthetic import SyntheticActivations
 
 DATA, RELIABILITY, POSTERIOR = "data.json", "reliability.json", "posterior"
 STABILITY, PAGE = "stability.safetensors", "report.html"
+MODEL = "model"
+
+
+def replace_model(run: str | Path, model: SparseDictionary) -> None:
+    """Write a run's model, and delete what was made of the one that it replaces.
+
+    Of reliability.json that is the model's own diagram; those of a comparison's other methods stay.
+    """
+    run = Path(run)
+    diagrams = read_json(run / RELIABILITY)
+    if diagrams.pop(method_of(run, model), None) is not None:
+        write_bytes(run / RELIABILITY, json.dumps(diagrams, indent=2).encode())
+    shutil.rmtree(run / POSTERIOR, ignore_errors=True)
+    for name in (STABILITY, PAGE):
+        (run / name).unlink(missing_ok=True)
+    save(model, run / MODEL)
+
+
+def method_of(run: str | Path, model: SparseDictionary) -> str:
+    """Return the name that a run's model has in comparisons and diagrams."""
+    return read_json(Path(run) / DATA).get("method", type(model).__name__)
 
 
 def describe_store(store: str | Path, held_out: float, seed: int | None = None) -> str:

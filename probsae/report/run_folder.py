@@ -25,6 +25,7 @@ from probsae.report.run_files import (
     PAGE,
     POSTERIOR,
     RELIABILITY,
+    method_of,
     read_json,
 )
 from probsae.report.stability import read_stability, write_stability
@@ -177,7 +178,7 @@ def gather_run(
         )
     model = load(run / "model")
     facts = {
-        "dictionary": read_json(run / DATA).get("method", type(model).__name__),
+        "dictionary": method_of(run, model),
         "size": f"{model.d_sae:,} features in {model.d_in:,} dimensions",
     }
     x, text = _tokens_to_show(run, model, store, tokenizer, n_tokens, facts, progress)

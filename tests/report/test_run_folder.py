@@ -17,7 +17,7 @@ from probsae.lm import logit_effects
 from probsae.metrics.calibration import reliability
 from probsae.models.files import load
 from probsae.report import report_run
-from probsae.report.run_files import describe_reliability, describe_synthetic
+from probsae.report.run_files import describe_reliability, describe_synthetic, replace_model
 from tests.lm.tiny import tiny_llama
 
 FIT = ["--d-sae", 12, "--n-steps", 4, "--batch-size", 64]
@@ -282,7 +282,9 @@ def test_bad_input_ends_in_one_line(tmp_path, fitted, capsys, arguments, message
 def test_polish_then_inspect_and_report(fitted, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(fitted, folder)
+    save_file({"stability": torch.ones(12)}, folder / "stability.safetensors")
     run("polish", folder, "--n-tokens", 1000)
+    assert not (folder / "stability.safetensors").exists()  # the former model's
     told = re.search(r"held-out elbo (\S+) -> (\S+);", capsys.readouterr().out)
     assert told is not None
     assert float(told[2]) >= float(told[1])
@@ -302,6 +304,34 @@ def test_polish_then_inspect_and_report(fitted, tmp_path, capsys):
     assert f"90% interval {low:.3g} to {high:.3g}" in page
     assert f"expected 1 - cosine {float(expected[3]):.2g}" in page
     assert f"probability {float(posterior.p_real[3]):.3f}" in page
+
+
+def test_a_model_that_is_replaced_leaves_nothing_behind(fitted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(fitted, folder)
+    for name in ("stability.safetensors", "report.html"):
+        (folder / name).write_text("of the former model")
+    (folder / "posterior").mkdir(exist_ok=True)
+    diagrams = {"SpikeSlabDictionary": {"predicted": [0.5]}, "Laplace": {"predicted": [0.4]}}
+    (folder / "reliability.json").write_text(json.dumps(diagrams))
+    replace_model(folder, ps.SpikeSlabDictionary(d_in=8, d_sae=12))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"model", "data.json", "history.json", "checkpoint", "reliability.json"}
+    kept = json.loads((folder / "reliability.json").read_text())
+    assert kept == {"Laplace": diagrams["Laplace"]}  # a comparison's other method
+
+
+def test_resuming_a_fit_that_ended_changes_nothing(fitted, store, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(fitted, folder)
+    ps.save(ps.SpikeSlabDictionary(d_in=8, d_sae=12), folder / "model")  # as a polish does
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    run("fit", store, "--out", folder, *FIT, "--resume")
+    assert "ended after 4 steps: nothing to resume" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("fit", store, "--out", folder, *FIT, "--n-steps", 8, "--resume")
+    assert "was made with n_steps=4, this fit has 8" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_inspect_shows_a_feature_in_its_context(fitted, capsys):
