@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # What a terminal of 80 characters has room for.
 _HEADLINE = ("method", "fvu", "l0", "alive", "mmcs", "f1", "best_f1", "band_ece")
@@ -99,7 +100,7 @@ class Report:
         """Return the table as Markdown, without empty columns."""
         names, cells = self._cells()
         lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-        return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
+        return "\n".join(lines + [f"| {' | '.join(map(markdown_cell, row))} |" for row in cells])
 
     def __str__(self) -> str:
         screen = StringIO()
@@ -124,7 +125,7 @@ class Report:
                 min_width=max(len(row.method) for row in self.rows) if name == "method" else None,
             )
         for row in cells:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # as it is: strings are read as markup
         return table
 
     def _cells(self, names: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
@@ -139,3 +140,8 @@ def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def markdown_cell(text: str) -> str:
+    """Return `text` so that a Markdown table shows it as it is, in one cell."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").splitlines())

@@ -1,6 +1,7 @@
 """The comparison's numbers, where they are known, and its forms."""
 
 import io
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.distributions import Normal
 import probsae as ps
 from probsae.distributions import SpikeSlab
 from probsae.models import CodePosterior, PointPosterior
+from probsae.report.markdown import _table
 
 
 class Oracle:
@@ -233,3 +235,23 @@ def test_a_printed_report_is_its_table(data):
     assert f" {report.rows[0].mmcs:.4f} " in table[3]
     assert len({len(line) for line in table}) == 1  # one box, no wrapped lines
     assert report._repr_markdown_() == report.to_markdown()  # a notebook's, with every column
+
+
+# What rich reads as a style, as an end of none, and what ends a cell of Markdown.
+_NAMES = ("TopK[k=2]", "runs/[/x]", ":warning:", "k|8", "a\\|b", "two\nlines")
+
+
+def test_names_are_printed_as_they_are(data):
+    report = ps.evaluate(dict.fromkeys(_NAMES, Oracle(data.features)), data, n_tokens=50)
+    printed = str(report)
+    assert all(line in printed for name in _NAMES for line in name.splitlines())
+    screen = io.StringIO()
+    Console(file=screen, width=250).print(report)
+    assert "TopK[k=2]" in screen.getvalue()
+    for table in (report.to_markdown(), _table(report)):
+        lines = table.splitlines()
+        n_cells = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines}
+        assert len(n_cells) == 1
+        assert r"k\|8" in table
+        assert r"a\\\|b" in table
+        assert "two lines" in table

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probsae.compare import Comparison
-from probsae.comparison import Report
+from probsae.comparison import Report, markdown_cell
 from probsae.dictionary import Dictionary
 from probsae.models.files import atomic_write, save
 from probsae.posterior import to_arviz
@@ -103,7 +103,8 @@ def _write_posterior(
 def _table(report: Report) -> str:
     """Lay out a method a column: there are more figures than methods."""
     table = comparison_table(report)
-    lines = [["figure", *table.methods, "is"], ["---"] * (len(table.methods) + 2)]
+    methods = map(markdown_cell, table.methods)
+    lines = [["figure", *methods, "is"], ["---"] * (len(table.methods) + 2)]
     for line in table.lines:
         cells = [f"**{cell.text}**" if cell.is_best else cell.text for cell in line.cells]
         lines.append([line.name, *cells, line.meaning])
