@@ -1,7 +1,8 @@
 """Whether stated probabilities of being active are true.
 
 All functions take matched features: column j of the prediction and of the truth are one feature.
-They raise ValueError where the two differ in shape, or a probability is NaN.
+Codes, as truth, stand for whether they are not zero. They raise ValueError where the two differ in
+shape, or a probability is NaN.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def brier_ratio(
     p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> float:
     """Brier score over that of the constant base rate; 1 is knowing the base rate, 0 the truth."""
-    rate = float(as_tensor(is_true).double().mean())
+    _, event = _pairs(p_active, is_true)
+    rate = float(event.double().mean())
     if not 0 < rate < 1:
         raise ValueError(f"the truth must hold active and inactive codes, got base rate {rate}")
     return brier(p_active, is_true) / (rate * (1 - rate))

@@ -140,7 +140,7 @@ def support_scores(
     Unmatched true features are the caller's to keep: a column of False in `is_active` counts
     their misses.
     """
-    is_active, is_true = as_tensor(is_active), as_tensor(is_true)
+    is_active, is_true = as_tensor(is_active), as_tensor(is_true).bool()
     if is_active.shape != is_true.shape:
         raise ValueError(
             f"supports must have one shape, got {tuple(is_active.shape)} and "
@@ -160,7 +160,7 @@ def support_chance(is_true: Bool[ArrayLike, "token pair"], n_missing: int = 0) -
     precision r, the base rate, and recall q, so that q = 1 has the largest F1, 2 r / (1 + r).
     `n_missing` counts active true codes of features that have no column.
     """
-    is_true = as_tensor(is_true)
+    is_true = as_tensor(is_true).bool()
     n_hits = int(is_true.sum())
     n_true = n_hits + n_missing
     recall = n_hits / n_true if n_true else 0.0
@@ -178,7 +178,7 @@ def best_threshold_f1(
     size of its codes, found with the truth in hand. `n_missing` counts active true codes of
     features that have no column: no threshold finds them.
     """
-    score, is_true = as_tensor(score), as_tensor(is_true)
+    score, is_true = as_tensor(score), as_tensor(is_true).bool()
     n_true = int(is_true.sum()) + n_missing
     is_candidate = score > 0
     order = torch.argsort(score[is_candidate], descending=True)

@@ -104,3 +104,13 @@ def test_arrays_are_taken_as_tensors_are():
     for of in (firing_rates, alive_features, dead_features):
         assert torch.equal(of(p.numpy()), of(p))
     assert torch.equal(density_histogram(p[0].numpy())[0], density_histogram(p[0])[0])
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_codes_as_truth_stand_for_whether_they_are_there():
+    p, is_active = torch.rand(50, 3), torch.rand(50, 3) < 0.5
+    z = torch.randn(50, 3) * (torch.rand(50, 3) < 0.3)
+    for metric in (brier, brier_ratio, log_score_per_positive, band_ece, best_threshold_f1):
+        assert metric(p, z) == metric(p, z != 0), metric
+    assert support_scores(is_active, z) == support_scores(is_active, z != 0)
+    assert support_chance(z, n_missing=4) == support_chance(z != 0, n_missing=4)
