@@ -142,6 +142,8 @@ class ActivationStore:
         ------
         IndexError
             If a row is outside the view.
+        TypeError
+            If `rows` are no whole numbers, but a mask, for instance.
         """
         out = torch.empty(len(rows), self.d_in)
         for shard, where, local in self._locate(rows):
@@ -164,6 +166,8 @@ class ActivationStore:
         ------
         IndexError
             If a row is outside the view.
+        TypeError
+            If `rows` are no whole numbers, but a mask, for instance.
         """
         if name not in ("tokens", "documents", "positions"):
             raise ValueError(f"a label is tokens, documents or positions, got {name!r}")
@@ -238,6 +242,10 @@ class ActivationStore:
     def _locate(self, rows: Tensor) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
         """For each shard concerned: the places in `rows` and the rows inside the shard."""
         index = rows.cpu().numpy()
+        if index.dtype.kind not in "iu":
+            raise TypeError(
+                f"rows must be whole numbers, got {rows.dtype}; a mask's are mask.nonzero()[:, 0]"
+            )
         if len(index) and (index.min() < 0 or index.max() >= self.n_tokens):
             raise IndexError(f"rows must be within 0 and {self.n_tokens - 1}, got {index}")
         index = index + self.rows.start

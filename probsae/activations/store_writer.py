@@ -11,6 +11,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
+from probsae.activations.lock import FolderLock
 from probsae.activations.scaling import Scale, combine
 from probsae.activations.shards import (
     DTYPES,
@@ -66,7 +67,8 @@ class StoreWriter:
     Raises
     ------
     FileExistsError
-        If the folder holds a finished store, or one begun with other settings.
+        If the folder holds a finished store, or one begun with other settings, or another process
+        is writing to it.
 
     Examples
     --------
@@ -108,21 +110,26 @@ class StoreWriter:
             "settings": settings or {},
         }
         self._header = json.loads(json.dumps(header))
-        self._may_be_finished, self.is_finished = may_be_finished, False
-        self._n_shards = self._resume()
-        self.n_tokens = self._n_shards * shard_tokens
+        self.is_finished = may_be_finished and (self.path / INDEX).exists()
+        self._lock: FolderLock | None = None
+        if self.is_finished:
+            self.n_tokens = self._finished_tokens()
+        else:
+            self._n_shards = self._resume()
+            self.n_tokens = self._n_shards * shard_tokens
         self._buffer: TokenData | None = None
         self._n_buffered = 0
+
+    def _finished_tokens(self) -> int:
+        """Return the tokens of the finished store on disk, if it is the one that is meant."""
+        index = json.loads((self.path / INDEX).read_text())
+        self._check_header(index, "finished")
+        return int(index["n_tokens"])
 
     def _resume(self) -> int:
         """Return the number of whole shards on disk, having removed what a kill left over."""
         if (self.path / INDEX).exists():
-            if not self._may_be_finished:
-                raise finished(self.path)
-            index = json.loads((self.path / INDEX).read_text())
-            self._check_header(index, "finished")
-            self.is_finished = True
-            return len(index["shards"])
+            raise finished(self.path)
         shards = sorted(self.path.glob("shard-*.safetensors"))
         if not (self.path / SETTINGS).exists():
             if self.path.exists() and any(p for p in self.path.iterdir() if p.suffix != ".tmp"):
@@ -131,6 +138,7 @@ class StoreWriter:
                 )
             return 0
         self._check_header(json.loads((self.path / SETTINGS).read_text()), "begun")
+        self._lock = FolderLock.of(self.path)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
         for i, shard in enumerate(shards):
@@ -175,7 +183,11 @@ class StoreWriter:
         ValueError
             If a value is NaN or infinite, exceeds the dtype, or the width is another. Shards
             already written stay, and a later writer goes on from them.
+        FileExistsError
+            If the store is finished, or another process began to write to its folder.
         """
+        if self.is_finished:
+            raise finished(self.path)
         x = check_shape(activations.detach().cpu(), self.d_in)
         stored = x.to(DTYPES[self.dtype])
         if not all_finite(stored):
@@ -208,21 +220,40 @@ class StoreWriter:
     def _flush(self) -> None:
         """Write the buffer as the next shard."""
         assert self._buffer is not None
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._take_folder()
         if self._n_shards == 0:
             write_bytes(self.path / SETTINGS, _json(self._header))
         write_shard(self._buffer.rows(0, self._n_buffered), self.path / _shard_name(self._n_shards))
         self._n_shards += 1
         self._n_buffered = 0
 
+    def _take_folder(self) -> None:
+        """Keep others out of the folder, unless one of them began to write since it was looked at.
+
+        Until the first shard is full there is no folder to lock.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock.of(self.path)
+        if (self.path / SETTINGS).exists() or (self.path / INDEX).exists():
+            raise FileExistsError(
+                f"another writer has begun to write to {self.path} meanwhile; choose another "
+                "folder, or repeat the command to go on from there"
+            )
+        self._lock = lock
+
     def finish(self) -> None:
         """Write the last shard, the mean and the index: from here on the store can be read.
+
+        A second time there is nothing left to do.
 
         Raises
         ------
         ValueError
             If there is no token.
         """
+        if self.is_finished:
+            return
         if self.n_tokens == 0:
             raise ValueError(f"a store must hold at least one token, got none for {self.path}")
         if self._n_buffered:
@@ -248,7 +279,7 @@ class StoreWriter:
         }
         write_bytes(self.path / INDEX, _json(index))
         (self.path / SETTINGS).unlink()
-        self.is_finished = True
+        self.is_finished, self._lock = True, None
 
 
 def _statistics(shards: list[Shard], n_tokens: int) -> tuple[Tensor, Scale]:

@@ -1,6 +1,8 @@
 """Stores: what is written is read back, and damage is named."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +111,68 @@ def test_finished_store_is_not_overwritten(tmp_path, x):
     write(tmp_path / "s", x)
     with pytest.raises(FileExistsError, match="finished store"):
         StoreWriter(tmp_path / "s", 4)
+
+
+def test_a_finished_writer_takes_no_more_and_counts_what_is_there(tmp_path, x):
+    description = {"d_in": 4, "dtype": "float32", "shard_tokens": 16, "hook": "h"}
+    store = write(tmp_path / "s", x)
+    writer = StoreWriter(tmp_path / "s", **description, may_be_finished=True)
+    assert writer.is_finished
+    assert writer.n_tokens == len(store) == 50
+    writer.finish()
+    with pytest.raises(FileExistsError, match="finished store"):
+        writer.append(x)
+    writer = StoreWriter(tmp_path / "t", **description)
+    writer.append(x)
+    writer.finish()
+    with pytest.raises(FileExistsError, match="finished store"):
+        writer.append(x)
+    writer.finish()  # there is nothing left to do
+    assert writer.n_tokens == 50
+    assert ActivationStore(tmp_path / "t").index == store.index
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path, x):
+    writer = StoreWriter(tmp_path / "s", 4, shard_tokens=16)
+    writer.append(x)  # three shards
+    partial = tmp_path / "s" / ".shard-00003.safetensors.tmp"
+    partial.write_bytes(b"half")
+    elsewhere = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "s")]
+    refused = subprocess.run(elsewhere, capture_output=True, text=True)
+    assert "FileExistsError: another process is writing to" in refused.stderr
+    assert partial.exists()
+    del writer
+    again = StoreWriter(tmp_path / "s", 4, shard_tokens=16)
+    assert not partial.exists()  # nobody's
+    again.append(x)
+    again.finish()
+    assert len(ActivationStore(tmp_path / "s")) == 98
+
+
+ELSEWHERE = """
+import sys
+from probsae.activations import StoreWriter
+StoreWriter(sys.argv[1], 4, shard_tokens=16)
+"""
+
+
+def test_of_two_writers_that_begin_together_one_goes_on(tmp_path, x):
+    first, second = (StoreWriter(tmp_path / "s", 4, shard_tokens=16) for _ in range(2))
+    first.append(x)
+    with pytest.raises(FileExistsError, match="another writer has begun"):
+        second.append(x)
+    first.finish()
+    assert len(ActivationStore(tmp_path / "s")) == 50
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_masks_are_no_rows(tmp_path, x):
+    store = write(tmp_path / "s", x, tokens=torch.arange(50))
+    for read in (store.gather, lambda rows: store.labels("tokens", rows)):
+        for rows, dtype in ((x[:, 0] > 0, "bool"), (torch.tensor([1.0, 2.0]), "float32")):
+            with pytest.raises(TypeError, match=f"whole numbers, got torch.{dtype}; a mask's"):
+                read(rows)
+    assert torch.equal(store.gather((x[:, 0] > 0).nonzero()[:, 0]), x[x[:, 0] > 0])
 
 
 def test_foreign_folder_is_left_alone(tmp_path):
