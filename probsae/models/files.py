@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from probsae.activations.shards import sync
 from probsae.models.base import SparseDictionary
 
 DICTIONARY_FILES = ("model.safetensors", "config.json")
@@ -43,28 +44,29 @@ def atomic_write(path: str | Path, names: Collection[str] | None = None) -> Iter
     """Yield a new folder that takes the place of `path` when the block ends well.
 
     After an error, or a kill before the block ends, `path` is what it was before; a kill between
-    the two renames that replace it leaves the old folder in a hidden one beside it. An existing
-    folder is replaced only if it holds nothing but `names`; None is for folders nobody else writes
-    to.
+    the two renames that replace it leaves the old folder in a hidden one beside it. What takes its
+    place is on the disk then, so that a machine may stop at any time. An existing folder is
+    replaced only if it holds nothing but `names`; None is for folders nobody else writes to.
     """
     path = Path(path)
     if names is not None:
         check_replaceable(path, names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    folder = beside / "new"
+    folder.mkdir()  # with the caller's permissions; mkdtemp's own are the user's alone
     try:
         yield folder
+        for written in (*folder.rglob("*"), folder):
+            sync(written)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         raise
-    folder.chmod(0o755)
     if path.exists():
-        retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        os.replace(path, retired / "old")
-        os.replace(folder, path)
-        shutil.rmtree(retired)
-    else:
-        os.replace(folder, path)
+        os.replace(path, beside / "old")
+    os.replace(folder, path)
+    sync(path.parent)
+    shutil.rmtree(beside)
 
 
 def describe(model: SparseDictionary) -> dict[str, Any]:
