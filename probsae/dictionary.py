@@ -30,8 +30,12 @@ def posterior_batches(
     dictionary: Dictionary, x: Float[Tensor, "token d_in"], *, progress: bool | None = False
 ) -> Iterator[tuple[slice, Tensor, CodePosterior]]:
     """Encode `x` in pieces that fit in memory; yields where, the piece, and its posterior."""
-    width = len(dictionary.dictionary())
-    size = max(1, _MAX_CODES // width // 4)
+    size = piece_length(len(dictionary.dictionary()))
     for start in shown(range(0, len(x), size), "encode", "batch", progress):
         where = slice(start, min(start + size, len(x)))
         yield where, x[where], dictionary.encode(x[where])
+
+
+def piece_length(width: int) -> int:
+    """Return of how many rows this wide some arrays may be held at once."""
+    return max(1, _MAX_CODES // width // 4)

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probsae.activations.resources import check_memory
 from probsae.activations.source import check_activations
+from probsae.dictionary import piece_length, posterior_batches
 from probsae.models.base import SparseDictionary
 from probsae.models.sae.base import DeterministicSAE
 from probsae.models.sae.batch_topk import BatchTopKSAE
@@ -45,6 +47,8 @@ def point_sae(model: SparseDictionary, x: Tensor | np.ndarray) -> JumpReLUSAE:
     ------
     ValueError
         If the decoder is not linear, or `x` has another width or values that are not finite.
+    MemoryError
+        If two numbers a token and feature, the most that is held at once, would not fit.
 
     Notes
     -----
@@ -54,30 +58,45 @@ def point_sae(model: SparseDictionary, x: Tensor | np.ndarray) -> JumpReLUSAE:
     if not model.has_linear_decoder:
         raise ValueError(f"a {type(model).__name__} with an MLP decoder has no point SAE")
     x = check_activations(x, model.d_in).to(model.b_dec)
-    posterior = model.encode(x)
-    p, mean = posterior.p_active, posterior.mean
+    p, mean = _codes(model, x)
     centered = x - model.b_dec
     gram = centered.T @ centered
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
     filters = torch.linalg.solve(gram, centered.T @ mean)
-    slope, intercept = _lines(centered @ filters, p, mean)
-    evidence = slope * (centered @ filters) + intercept
     point = JumpReLUSAE(model.d_in, model.d_sae).to(x.device)
     point.W_dec.copy_(model.directions)
     point.b_dec.copy_(model.b_dec)
-    point.W_enc.copy_(filters * slope)
-    point.b_enc.copy_(intercept)
     point.initialize_codes_(centered)
-    set_threshold_(point, _thresholds(evidence, p))
+    threshold = torch.empty_like(point.b_enc)
+    for features in torch.arange(model.d_sae, device=x.device).split(piece_length(len(x))):
+        h = centered @ filters[:, features]
+        slope, intercept = _lines(h, p[:, features], mean[:, features])
+        point.W_enc[:, features] = filters[:, features] * slope
+        point.b_enc[features] = intercept
+        threshold[features] = _thresholds(slope * h + intercept, p[:, features])
+    set_threshold_(point, threshold)
     point.is_initialized.fill_(True)
     return point.eval()
 
 
+def _codes(
+    model: SparseDictionary, x: Float[Tensor, "token d_in"]
+) -> tuple[Float[Tensor, "token d_sae"], Float[Tensor, "token d_sae"]]:
+    """Return p_active and the mean of all tokens: all of their posterior that is held at once."""
+    if not x.is_cuda:  # a GPU says it itself
+        n_bytes = 2 * len(x) * model.d_sae * x.element_size()
+        check_memory(n_bytes, f"the codes of {len(x)} tokens, {model.d_sae} features")
+    p, mean = x.new_empty(len(x), model.d_sae), x.new_empty(len(x), model.d_sae)
+    for where, _, posterior in posterior_batches(model, x):
+        p[where], mean[where] = posterior.p_active, posterior.mean
+    return p, mean
+
+
 def _lines(
-    h: Float[Tensor, "token d_sae"],
-    p: Float[Tensor, "token d_sae"],
-    mean: Float[Tensor, "token d_sae"],
-) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+    h: Float[Tensor, "token feature"],
+    p: Float[Tensor, "token feature"],
+    mean: Float[Tensor, "token feature"],
+) -> tuple[Float[Tensor, " feature"], Float[Tensor, " feature"]]:
     """Return slope and intercept of E[z | active] by `h`, tokens weighted by p; else 1 and 0."""
     n = p.sum(0)
     n_safe = n.clamp(min=1e-6)
@@ -90,8 +109,8 @@ def _lines(
 
 
 def _thresholds(
-    h: Float[Tensor, "token d_sae"], p: Float[Tensor, "token d_sae"]
-) -> Float[Tensor, " d_sae"]:
+    h: Float[Tensor, "token feature"], p: Float[Tensor, "token feature"]
+) -> Float[Tensor, " feature"]:
     """Return where `h > threshold` agrees with being active on the most tokens, expected."""
     ordered, order = h.sort(dim=0, descending=True)
     gain = (2 * p.gather(0, order) - 1).cumsum(0)

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import probsae as ps
 from probsae import interop
@@ -173,6 +175,30 @@ def test_a_point_keeps_directions_switches_off_the_unused_and_can_be_fitted_on(k
     before = ps.metrics.fvu(x, point.decode(point.encode(x).mean))
     ps.fit(point, data, n_steps=100, batch_size=256, learning_rate=1e-3, progress=False)
     assert ps.metrics.fvu(x, point.decode(point.encode(x).mean)) < before + 0.05
+
+
+class LargeTensors(TorchDispatchMode):
+    """Count what operations make of at least so many elements."""
+
+    def __init__(self, n_elements):
+        super().__init__()
+        self.n_elements, self.n_made = n_elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            self.n_made += isinstance(made, torch.Tensor) and made.numel() >= self.n_elements
+        return out
+
+
+def test_a_point_is_made_in_pieces_and_the_same(monkeypatch):
+    model, x = ps.SpikeSlabDictionary(d_in=6, d_sae=40), torch.randn(300, 6)
+    whole = interop.point_sae(model, x).state_dict()
+    monkeypatch.setattr("probsae.dictionary._MAX_CODES", 4 * 40 * 70)  # 70 tokens, 9 features
+    with LargeTensors(300 * 40) as large:
+        pieces = interop.point_sae(model, x).state_dict()
+    assert large.n_made == 2  # p_active and the mean of all tokens
+    torch.testing.assert_close(pieces, whole)
 
 
 def broken(tmp_path, name="sae", **changes):
