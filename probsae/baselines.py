@@ -66,8 +66,8 @@ class Baseline(ABC):
         for name, value in (("d_sae", d_sae), ("d_in", d_in), ("n_tokens", n_tokens)):
             if value is not None and (not isinstance(value, int | np.integer) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        self.d_sae, self.n_tokens, self.seed = int(d_sae), int(n_tokens), seed
-        self._d_in = d_in
+        self.n_tokens, self.seed = int(n_tokens), seed
+        self._d_sae, self._d_in = int(d_sae), d_in
         self.W_dec: Tensor | None = None
         self.b_dec: Tensor | None = None
 
@@ -90,10 +90,10 @@ class Baseline(ABC):
             If the method would not fit; nothing is changed then.
         """
         x = check_activations(take(data, self.n_tokens, seed=self.seed, device="cpu"), self._d_in)
-        if self.d_sae > len(x):
+        if self._d_sae > len(x):
             raise ValueError(
                 f"{type(self).__name__} needs at least as many tokens as features: "
-                f"d_sae={self.d_sae}, got {len(x)} tokens"
+                f"d_sae={self._d_sae}, got {len(x)} tokens"
             )
         check_tokens_differ(x)
         # scikit-learn's Lasso draws from numpy's generator whatever seed its caller was given.
@@ -103,7 +103,6 @@ class Baseline(ABC):
             directions, offset = self._find(x.double().numpy())
         self.b_dec = torch.as_tensor(offset, dtype=torch.float32)
         self.W_dec = F.normalize(torch.as_tensor(directions, dtype=torch.float32), dim=-1)
-        self.d_sae = len(self.W_dec)
         return self
 
     def dictionary(self) -> Float[Tensor, "d_sae d_in"]:
@@ -121,6 +120,11 @@ class Baseline(ABC):
         """Return the activations that the codes `z`, a tensor or an array, stand for."""
         W_dec, b_dec = self._fitted()
         return check_codes(z, len(W_dec)).to(W_dec) @ W_dec + b_dec
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features: those found, or before `fit` those asked for."""
+        return self._d_sae if self.W_dec is None else len(self.W_dec)
 
     @property
     def d_in(self) -> int:
@@ -143,7 +147,7 @@ class KMeans(Baseline):
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         model = cluster.MiniBatchKMeans(
-            self.d_sae,
+            self._d_sae,
             random_state=self.seed,
             batch_size=4096,
             n_init=3,  # pyright: ignore[reportArgumentType]
@@ -171,7 +175,7 @@ class KMedoids(KMeans):
         # The matrix, and what it is made of.
         check_memory(8 * len(tokens) ** 2, f"distances between {len(tokens)} tokens")
         distance = torch.cdist(tokens, tokens).numpy()
-        result = kmedoids.fasterpam(distance, self.d_sae, random_state=self.seed, n_cpu=1)
+        result = kmedoids.fasterpam(distance, self._d_sae, random_state=self.seed, n_cpu=1)
         self.centers = tokens[torch.as_tensor(result.medoids.astype(np.int64))]
         return self.centers.numpy(), np.zeros(x.shape[1])
 
@@ -180,7 +184,7 @@ class PCA(Baseline):
     """Principal axes; signed codes of all of them."""
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        n_components = min(self.d_sae, *x.shape)
+        n_components = min(self._d_sae, *x.shape)
         model = decomposition.PCA(n_components, random_state=self.seed).fit(x)
         return model.components_, model.mean_  # pyright: ignore[reportReturnType]
 
@@ -198,7 +202,7 @@ class ICA(Baseline):
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         model = decomposition.FastICA(
-            min(self.d_sae, *x.shape),
+            min(self._d_sae, *x.shape),
             random_state=self.seed,
             whiten="unit-variance",
             max_iter=200,
@@ -233,7 +237,7 @@ class NMF(Baseline):
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.model = decomposition.MiniBatchNMF(
-            self.d_sae,  # pyright: ignore[reportArgumentType]
+            self._d_sae,  # pyright: ignore[reportArgumentType]
             random_state=self.seed,
             init="random",
             batch_size=2048,
@@ -277,7 +281,7 @@ class MiniBatchDictionaryLearning(Baseline):
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean = x.mean(axis=0)
         self.model = decomposition.MiniBatchDictionaryLearning(
-            self.d_sae,
+            self._d_sae,
             alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             batch_size=512,
             max_iter=2,
@@ -304,7 +308,7 @@ class RandomDictionary(Baseline):
     default_n_tokens = 8_192
 
     def _find(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        directions = np.random.default_rng(self.seed).standard_normal((self.d_sae, x.shape[1]))
+        directions = np.random.default_rng(self.seed).standard_normal((self._d_sae, x.shape[1]))
         return directions, x.mean(axis=0)
 
     def _codes(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from probsae import baselines, models
@@ -149,9 +150,10 @@ def compare(
 
 
 def _spinner(name: str, progress: bool | None) -> Progress:
-    """Show that something without countable steps is running."""
-    bar = Progress(
-        SpinnerColumn(), TextColumn(name), TimeElapsedColumn(), disable=progress is False
-    )
+    """Show that something without countable steps is running, where the bars are."""
+    console = Console(stderr=True)
+    is_shown = console.is_terminal if progress is None else progress
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, disable=not is_shown)
     bar.add_task(name, total=None)
     return bar

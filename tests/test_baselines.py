@@ -94,6 +94,14 @@ def test_bad_input(fitted):
         type(fitted)(d_sae=3).dictionary()
 
 
+def test_a_second_fit_finds_what_was_asked_for(data):
+    narrow = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    pca = baselines.PCA(20)
+    assert pca.d_sae == 20
+    assert pca.fit(narrow).d_sae == 6
+    assert pca.fit(data.sample(100, seed=3)[0]).d_sae == len(pca.dictionary()) == 12
+
+
 def test_pca_is_the_svd():
     x = torch.randn(300, 6) * torch.tensor([5.0, 3, 2, 1, 0.5, 0.1])
     pca = baselines.PCA(d_sae=3).fit(x)

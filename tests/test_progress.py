@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+import probsae as ps
+from probsae import baselines
+from probsae.compare import compare
 from probsae.lm import (
     downstream_fvu,
     excitation_graph,
@@ -86,3 +89,16 @@ def test_draws_of_the_codes_show_one_bar_for_all(bars):
         bars.clear()
         probing.localise_posterior([codes, codes], raw, budgets=(1, 2), progress=progress)
         assert bars == [disable, True, True]  # that of the draws, none of a draw's folds
+
+
+@pytest.mark.parametrize(("progress", "is_shown"), [(None, False), (False, False), (True, True)])
+def test_a_comparison_spins_on_standard_error_where_asked(capsys, progress, is_shown):
+    name = "PCA[/x]"  # as it is: no markup
+    methods = {name: lambda data, width: baselines.PCA(width, n_tokens=50)}
+    compare(
+        ps.SyntheticActivations(d_in=4, n_features=5, n_active=1), methods=methods, d_sae=4,
+        progress=progress,
+    )  # fmt: skip
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert (name in told.err) == is_shown
