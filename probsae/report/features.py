@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from probsae.dictionary import Dictionary
-from probsae.levels import check_level
+from probsae.levels import check_level, tails
 from probsae.progress import shown
 from probsae.report.examples import FeatureExamples, examples
 from probsae.report.sparse_codes import SparseCodes, encode_sparse
@@ -39,6 +39,23 @@ class DirectionUncertainty(Protocol):
     def rate_interval(self, level: float) -> tuple[Tensor, Tensor]: ...
 
 
+class IntervalSource(NamedTuple):
+    """Which posterior of the rates their intervals are of."""
+
+    tokens: str
+    """In two or three words."""
+    meaning: str
+
+
+OF_TOKENS = IntervalSource(
+    "tokens shown", "of the tokens shown, by Jeffreys' prior: Beta(1/2 + k, 1/2 + n - k)"
+)
+OF_POSTERIOR = IntervalSource(
+    "tokens of the posterior",
+    "of the tokens that the dictionary's posterior was made from, by the model's prior",
+)
+
+
 @dataclass(frozen=True)
 class FeatureColumns:
     """Figures of every feature, arrays of shape (d_sae,).
@@ -48,7 +65,8 @@ class FeatureColumns:
     rate : array
         Expected share of tokens on which the feature is active, mean p_active.
     rate_lower, rate_upper : array
-        Equal-tailed interval of the rate.
+        Equal-tailed interval of the rate; of which tokens is `FeatureData.interval_source`. One
+        of the posterior's tokens need not hold the rate on these.
     undecided : array
         Share of its activity that is uncertain, sum p (1 - p) / sum p, in [0, 1]; lower is
         better.
@@ -89,6 +107,9 @@ class FeatureData:
         Tokens looked at.
     level : float
         Of the rates' intervals.
+    interval_source : IntervalSource
+        Which posterior they are of: the dictionary's, where there is one, else that of the tokens
+        looked at.
     p_active : array of int, shape (20,)
         (token, feature) pairs by p_active, in equal bins from 0 to 1; those under .02 left out.
     text : TokenText or None
@@ -102,6 +123,7 @@ class FeatureData:
     nearest: list[list[tuple[int, float]]]
     n_tokens: int
     level: float
+    interval_source: IntervalSource
     p_active: np.ndarray
     text: TokenText | None = None
     logit_effects: LogitEffects | None = None
@@ -174,6 +196,7 @@ def gather_features(
         nearest=_nearest(directions),
         n_tokens=len(x),
         level=level,
+        interval_source=OF_TOKENS if posterior is None else OF_POSTERIOR,
         p_active=np.histogram(codes.entries.p_active, bins=20, range=(0, 1))[0],
         text=text,
         logit_effects=logit_effects,
@@ -227,10 +250,10 @@ def rate_interval(count: Values, n_tokens: int, level: float = 0.9) -> tuple[Val
     >>> lower.round(3).tolist(), upper.round(3).tolist()
     ([0.0, 0.262], [0.171, 0.738])
     """
-    tail = (1 - level) / 2
+    below, above = tails(level)
     a, b = 0.5 + count, 0.5 + np.maximum(n_tokens - count, 0)
-    lower = np.where(count > 0, beta.ppf(tail, a, b), 0.0)
-    upper = np.where(count < n_tokens, beta.ppf(1 - tail, a, b), 1.0)
+    lower = np.where(count > 0, beta.ppf(below, a, b), 0.0)
+    upper = np.where(count < n_tokens, beta.ppf(above, a, b), 1.0)
     return np.minimum(lower, count / n_tokens), np.maximum(upper, count / n_tokens)
 
 

@@ -59,8 +59,8 @@ def _figures(features: FeatureData, feature: int) -> Table:
     low, high = columns.rate_lower[feature], columns.rate_upper[feature]
     table.add_row(
         "firing rate",
-        f"{columns.rate[feature]:.3g}, {features.level:.0%} interval {low:.3g} to {high:.3g}; "
-        f"number {rank} of {len(columns.rate)}",
+        f"{columns.rate[feature]:.3g}, {features.level:.0%} interval {low:.3g} to {high:.3g} "
+        f"({features.interval_source.tokens}); number {rank} of {len(columns.rate)}",
     )
     if columns.direction_variance is not None:
         table.add_row("direction", f"expected 1 - cosine {columns.direction_variance[feature]:.2g}")

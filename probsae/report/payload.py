@@ -24,6 +24,7 @@ def feature_payload(data: FeatureData) -> dict[str, Any]:
     return {
         "n_tokens": data.n_tokens,
         "level": data.level,
+        "interval": data.interval_source._asdict(),
         "window": WINDOW,
         "kept": BAND[0],
         "columns": {name: _numbers(c) for name, c in columns.items() if c is not None},

@@ -136,6 +136,8 @@ def test_all_columns_are_in_view_and_headings_whole(visit, with_posterior):
     assert tab.locator(".effects").evaluate(fits)
     assert tab.locator(".stats dt").all_inner_texts() == names
     assert "0.01 to 0.09 (90%, tokens of the posterior)" in tab.inner_text(".stats")
+    title = tab.locator("[role=columnheader]", has_text="rate, 90%").get_attribute("title")
+    assert title.startswith("90% interval of the rate, of the tokens that the dictionary's")
     variance = float(Known.direction_variance[selected(tab)])
     shown = tab.locator(".stats div", has_text="direction").locator("dd").inner_text()
     assert float(shown) == pytest.approx(variance, rel=0.03)

@@ -1,10 +1,12 @@
 """What the browser shows is what the posterior says: sums, intervals, examples, neighbours."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy.stats import beta, binom
 
 import probsae as ps
@@ -14,6 +16,7 @@ from probsae.report import gather_features, token_text
 from probsae.report.comparison import comparison_table
 from probsae.report.examples import N_TOP, N_UNDECIDED, WINDOW
 from probsae.report.features import rate_interval
+from probsae.report.inspect import feature_page
 from probsae.report.payload import feature_payload
 from probsae.report.sparse_codes import encode_sparse
 from tests.report.planted import SLAB_SCALE, Planted, planted_activations, store_of
@@ -156,10 +159,21 @@ class Posterior:
 
 
 def test_a_posterior_gives_direction_variance_and_rate_interval(x):
-    columns = gather_features(Planted(D_IN), x, posterior=Posterior(), level=0.5).columns
+    data = gather_features(Planted(D_IN), x, posterior=Posterior(), level=0.5)
+    columns = data.columns
     np.testing.assert_allclose(columns.direction_variance, Posterior.direction_variance)
     np.testing.assert_allclose(columns.rate_lower, 0.005)
     np.testing.assert_allclose(columns.rate_upper, 0.01)
+    assert data.interval_source.tokens == "tokens of the posterior"
+
+
+def test_pages_say_whose_the_intervals_of_the_rates_are(x):
+    for posterior, name in ((None, "tokens shown"), (Posterior(), "tokens of the posterior")):
+        data = gather_features(Planted(D_IN), x, posterior=posterior)
+        screen = io.StringIO()
+        Console(file=screen, width=200).print(feature_page(data, 0))
+        assert f"({name}); number" in screen.getvalue()
+        assert feature_payload(data)["interval"]["tokens"] == name
 
 
 @pytest.mark.parametrize(

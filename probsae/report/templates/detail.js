@@ -4,13 +4,14 @@ function stat(name, text, more, title) {
 
 function stats(feature) {
   const level = Math.round(100 * FEATURES.level);
-  // A posterior of the dictionary states the rate on the tokens that it was made from.
-  const source = FEATURES.columns.direction_variance ? ", tokens of the posterior" : "";
-  const interval = `${number(value("rate_lower", feature))} to ${number(value("rate_upper", feature))} (${level}%${source})`;
+  const interval = `${number(value("rate_lower", feature))} to ${number(value("rate_upper", feature))} (${level}%, ${FEATURES.interval.tokens})`;
+  const ofInterval = `. Its interval is ${FEATURES.interval.meaning}`;
   return make(
     "dl", { class: "stats" },
     ...COLUMNS.map(({ name, label, format, title }) =>
-      stat(label, format(value(name, feature)), name === "rate" ? interval : null, title))
+      name === "rate"
+        ? stat(label, format(value(name, feature)), interval, title + ofInterval)
+        : stat(label, format(value(name, feature)), null, title))
   );
 }
 

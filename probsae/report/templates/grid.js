@@ -53,7 +53,7 @@ function paintHead() {
   byId("head").replaceChildren(
     heading("index", "feature", "Row of the dictionary", true),
     ...(FEATURES.text ? [make("span", { role: "columnheader", class: "hint" }, "fires on")] : []),
-    make("span", { role: "columnheader", class: "hint", title: `${level}% interval of the rate, log scale from 1e-${decades} to 1` }, `rate, ${level}%`),
+    make("span", { role: "columnheader", class: "hint", title: `${level}% interval of the rate, ${FEATURES.interval.meaning}; log scale from 1e-${decades} to 1` }, `rate, ${level}%`),
     ...COLUMNS.map(({ name, label, title }) => heading(name, label, title, true))
   );
 }
