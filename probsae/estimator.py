@@ -37,6 +37,8 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         Further arguments of the model, for instance `{"k": 8}`.
     random_state : int, RandomState or None, default 0
         Seed of the initial directions and of the batches' order; None is another one each time.
+    device : str or torch.device, optional
+        Where to fit; a GPU where there is one, by default. The fitted model is on the CPU.
 
     Attributes
     ----------
@@ -65,6 +67,7 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         learning_rate=None,
         model_options=None,
         random_state=0,
+        device=None,
     ):
         # Without type hints: scikit-learn's contract is that anything may be set, and `fit` checks.
         self.model = model
@@ -74,6 +77,7 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         self.learning_rate = learning_rate
         self.model_options = model_options
         self.random_state = random_state
+        self.device = device
 
     def fit(self, X: Any, y: object = None) -> DictionaryEstimator:
         """Fit to `X`, shape (token, d_in); `y` is ignored.
@@ -100,6 +104,7 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
             batch_size=min(self.batch_size, len(x)),
             learning_rate=self.learning_rate,
             seed=seed,
+            device=self.device,
         )
         # In float64 a token's codes do not depend on which other tokens are in its batch.
         self.dictionary_: SparseDictionary = model.cpu().double()

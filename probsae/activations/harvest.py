@@ -44,7 +44,7 @@ def harvest(
     exclude_first: bool = True,
     dtype: str = "bfloat16",
     shard_tokens: int = 65_536,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> list[ActivationStore]:
     """Run a causal language model over text and store what passes its hooks.
@@ -75,8 +75,8 @@ def harvest(
         Of the activations on disk.
     shard_tokens : int
         Tokens of a shard, the most that a kill can lose.
-    device : str or torch.device
-        Where to run the model, if it is not loaded yet.
+    device : str or torch.device, optional
+        Where to run the model, if it is not loaded yet; a GPU where there is one, by default.
     progress : bool, optional
         Show a bar; by default on terminals.
 

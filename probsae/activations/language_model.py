@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probsae.activations.resources import check_memory
+from probsae.activations.resources import check_memory, choose_device
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Bytes of a float32 weight over those of a stored one, where the file does not say: 4-bit GGUF
@@ -118,7 +118,7 @@ class LanguageModel:
 def load_language_model(
     name: str | Path,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """Load a causal language model for inference.
@@ -128,8 +128,8 @@ def load_language_model(
     name : str or Path
         A folder with a Hugging Face model, a `.gguf` file (its weights are dequantised), or a
         name on the Hugging Face hub.
-    device : str or torch.device, default "cpu"
-        Where to put it.
+    device : str or torch.device, optional
+        Where to put it; a GPU where there is one, by default.
     dtype : torch.dtype, default float32
         Of weights and activations.
 
@@ -141,7 +141,10 @@ def load_language_model(
         If `name` is neither a file nor a folder, and the hub does not have it or is out of reach.
     MemoryError
         If the weights do not fit into memory, by an estimate made first.
+    ValueError
+        If there is no such device.
     """
+    device = choose_device(device)
     transformers = _transformers()
     source, options = _location(Path(name))
     _check_weights_fit(Path(name), dtype)

@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from probsae import models
+from probsae.activations.resources import choose_device
 from probsae.activations.store import ActivationStore
 from probsae.inference.callbacks import Callback, Checkpoint, steps_done
 from probsae.inference.fit import fit as run_fit
@@ -134,6 +135,7 @@ def polish(
     n_passes: int = 1,
     prior_weight: float = 1.0,
     seed: int = 0,
+    device: str | None = None,
 ) -> None:
     """Give a fitted dictionary its closed-form optimum, and keep how certain that is.
 
@@ -145,12 +147,13 @@ def polish(
         n_passes: Passes over the activations.
         prior_weight: Activations that each feature's fitted direction counts as.
         seed: Of the order of the tokens.
+        device: A GPU where there is one, by default.
     """
     if not (run / MODEL).exists():
         raise FileNotFoundError(
             f"{run} holds no dictionary (model/); pass what `probsae fit` wrote"
         )
-    dictionary = load(run / MODEL)
+    dictionary = load(run / MODEL, device=choose_device(device))
     data, _ = activations_of(run, store)
     posterior = run_polish(
         dictionary, data, n_tokens=n_tokens, n_passes=n_passes, prior_weight=prior_weight, seed=seed

@@ -19,7 +19,7 @@ def harvest(
     batch_size: int = 16,
     include_first: bool = False,
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16",
-    device: str = "cpu",
+    device: str | None = None,
 ) -> None:
     """Store a language model's activations on text.
 
@@ -34,7 +34,7 @@ def harvest(
         batch_size: Contexts of a forward pass.
         include_first: Keep first positions, where many models park massive activations.
         dtype: Of the activations on disk.
-        device: Where to run the model.
+        device: Where to run the model; a GPU where there is one, by default.
     """
     from probsae.activations.harvest import harvest as run_harvest
     from probsae.activations.scaling import Scale, massive_activation_report

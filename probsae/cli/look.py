@@ -8,11 +8,13 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from probsae.activations.resources import choose_device
 from probsae.activations.store import ActivationStore
 from probsae.evaluate import evaluate as run_evaluation
 from probsae.models.files import load
 from probsae.report.inspect import feature_page
 from probsae.report.reliability import evaluate_reliability
+from probsae.report.run_files import MODEL
 from probsae.report.run_folder import gather_run, held_out_share, report_run, synthetic_source
 
 
@@ -22,6 +24,7 @@ def evaluate(
     held_out: float | None = None,
     n_tokens: int = 32_768,
     out: Path | None = None,
+    device: str | None = None,
 ) -> None:
     """Compare fitted dictionaries on held-out activations of a store, or on known features.
 
@@ -33,13 +36,15 @@ def evaluate(
         held_out: That share; by default what every one of the runs left out.
         n_tokens: Tokens to evaluate on, at most.
         out: File for the table, .json or .md.
+        device: A GPU where there is one, by default.
     """
     if not runs:
         raise ValueError("evaluate needs at least one run")
     if out is not None and out.suffix not in (".json", ".md"):
         raise ValueError(f"--out must end in .json or .md, got {out}")
+    place = choose_device(device)
     dictionaries = {
-        str(run): load(run / "model" if (run / "model").exists() else run) for run in runs
+        str(run): load(run / MODEL if (run / MODEL).exists() else run, place) for run in runs
     }
     if store is None:
         data = synthetic_source(runs)
@@ -59,6 +64,7 @@ def inspect(
     store: Path | None = None,
     tokenizer: str | None = None,
     n_tokens: int = 16_384,
+    device: str | None = None,
 ) -> None:
     """Show one feature: rate, uncertainty, neighbours, most certain and most doubtful tokens.
 
@@ -68,8 +74,11 @@ def inspect(
         store: Activations to show it on; by default those of the fit, the held-out end.
         tokenizer: Model whose tokenizer reads the store's tokens; "none" shows their ids.
         n_tokens: Tokens to look at, at most.
+        device: A GPU where there is one, by default.
     """
-    features, facts = gather_run(run, store=store, tokenizer=tokenizer, n_tokens=n_tokens)
+    features, facts = gather_run(
+        run, store=store, tokenizer=tokenizer, n_tokens=n_tokens, device=device
+    )
     try:
         page = feature_page(features, feature)
     except IndexError as error:
@@ -87,6 +96,7 @@ def report(
     effects: str | None = None,
     others: tuple[Path, ...] = (),
     out: Path | None = None,
+    device: str | None = None,
 ) -> None:
     """Write a page to browse a run's features in: one file, no server, no network.
 
@@ -101,9 +111,10 @@ def report(
         others: Folders of fits from other seeds, to see whether each feature comes back there; what
             is found is kept in the run folder.
         out: The page; by default report.html in the run folder.
+        device: A GPU where there is one, by default.
     """
     page = report_run(
         run, store=store, tokenizer=tokenizer, n_tokens=n_tokens, logit_effects=effects,
-        others=others, out=out,
+        others=others, out=out, device=device,
     )  # fmt: skip
     print(f"written: {page}")

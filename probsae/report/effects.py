@@ -34,7 +34,7 @@ def effects_of(
     store : ActivationStore
         What the dictionary was fitted to: it names the model and the hook.
     directions : Tensor, shape (feature, d_in)
-        The dictionary.
+        The dictionary; the language model is put where it is.
     name : str, optional
         Language model to read them from; "none" for no effects. By default the store's own, where
         it is a file or folder here and the hook lies on the residual stream.
@@ -76,7 +76,7 @@ def _read(
     from probsae.activations.language_model import load_language_model
     from probsae.lm.effects import logit_effects, top_tokens
 
-    model = load_language_model(name)
+    model = load_language_model(name, device=directions.device)
     found: list[list[tuple[str, float]]] = []
     n_vocabulary = model.logits(directions.new_zeros(1, 1).long()).shape[-1]
     parts = directions.split(max(1, _MAX_EFFECTS // n_vocabulary))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probsae.activations.resources import choose_device
 from probsae.activations.store import ActivationStore
 from probsae.comparison import Report
 from probsae.inference.dictionary_posterior import DictionaryPosterior
@@ -79,6 +80,7 @@ def report_run(
     logit_effects: LogitEffects | str | None = None,
     others: Sequence[str | Path] = (),
     out: str | Path | None = None,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Write the feature browser of a run folder.
@@ -108,6 +110,8 @@ def report_run(
         is kept in the folder (`probsae.report.stability.write_stability`).
     out : str or Path, optional
         The page, by default report.html in the run folder.
+    device : str or torch.device, optional
+        Where to encode and to read effects; a GPU where there is one, by default.
     progress : bool, optional
         Show bars; by default on terminals, for what takes longer than two seconds.
 
@@ -121,10 +125,10 @@ def report_run(
     FileNotFoundError
         If the folder has neither dictionary nor comparison, or store or tokenizer are missing.
     ValueError
-        If a file is damaged, the store does not fit the dictionary, or one of `others` is not
-        another fit of activations as wide.
+        If a file is damaged, the store does not fit the dictionary, one of `others` is not
+        another fit of activations as wide, or there is no such device.
     """
-    run = Path(run)
+    run, device = Path(run), choose_device(device)
     load_template()  # jinja2 and Vega: fail before the work, not after it
     facts: dict[str, str] = {}
     features = None
@@ -133,7 +137,8 @@ def report_run(
     if (run / "model").exists():
         features, facts = gather_run(
             run, store=store, tokenizer=tokenizer, n_tokens=n_tokens,
-            level=level, posterior=posterior, logit_effects=logit_effects, progress=progress,
+            level=level, posterior=posterior, logit_effects=logit_effects, device=device,
+            progress=progress,
         )  # fmt: skip
     elif not (run / "report.json").exists():
         raise FileNotFoundError(
@@ -163,6 +168,7 @@ def gather_run(
     level: float = 0.9,
     posterior: DirectionUncertainty | None = None,
     logit_effects: LogitEffects | str | None = NO_EFFECTS,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> tuple[FeatureData, dict[str, str]]:
     """Gather the features of a run folder, and the facts of what they were looked at on.
@@ -176,7 +182,7 @@ def gather_run(
         raise FileNotFoundError(
             f"{run} holds no dictionary (model/); pass what `probsae fit` wrote"
         )
-    model = load(run / "model")
+    model = load(run / "model", choose_device(device))
     facts = {
         "dictionary": method_of(run, model),
         "size": f"{model.d_sae:,} features in {model.d_in:,} dimensions",

@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -63,6 +64,24 @@ def test_fit_then_report(fitted, capsys):
     x = ActivationStore(fitted.parent / "store").split(0.1)[1].gather(torch.arange(200))
     expected = load(fitted / "model").encode(x).p_active.double().mean(0)
     torch.testing.assert_close(torch.tensor(rates).double(), expected, rtol=6e-3, atol=0)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "report"])
+def test_commands_choose_a_device_as_fits_do(fitted, store, tmp_path, monkeypatch, command):
+    asked = []
+    for module in ("probsae.cli.look", "probsae.report.run_folder"):
+        monkeypatch.setattr(
+            sys.modules[module], "choose_device",
+            lambda device: asked.append(device) or torch.device("cpu"),
+        )  # fmt: skip
+    options = {
+        "evaluate": ["--store", store], "inspect": ["--feature", 0],
+        "report": ["--out", tmp_path / "page.html"],
+    }  # fmt: skip
+    run(command, fitted, *options[command])
+    assert asked[0] is None
+    run(command, fitted, *options[command], "--device", "cpu")
+    assert torch.device(asked[-1]) == torch.device("cpu")
 
 
 def test_report_of_another_store_and_fewer_tokens(fitted, store, tmp_path):
@@ -192,7 +211,9 @@ def test_logit_effects_are_those_of_the_harvested_model(tmp_path, monkeypatch):
     tokenizer = type("Words", (), {"decode": lambda self, ids: f"<{ids[0]}>"})()
     network = dataclasses.replace(network, tokenizer=tokenizer)
     asked = []
-    monkeypatch.setattr(module, "load_language_model", lambda name: asked.append(name) or network)
+    monkeypatch.setattr(
+        module, "load_language_model", lambda name, **_: asked.append(name) or network
+    )
     (tmp_path / "model.gguf").touch()
     for hook, name in (("model.layers.1", "here"), ("model.layers.1.mlp.act_fn", "hidden")):
         width = 16 if name == "here" else 24
