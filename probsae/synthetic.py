@@ -194,6 +194,8 @@ class SyntheticActivations:
         Were features drawn from `manual_seed(seed)` itself, a dictionary made after
         `torch.manual_seed(seed)` would begin at the true features.
         """
+        if min(seeds, default=0) < 0:
+            raise ValueError(f"seed must be at least 0, got {min(seeds)}")
         key = (get_args(Stream).index(stream), *seeds)
         sequence = np.random.SeedSequence(self.seed, spawn_key=key)
         seed = int(sequence.generate_state(1, np.uint64)[0])

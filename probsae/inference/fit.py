@@ -175,7 +175,7 @@ def fit(
     callbacks = check_callbacks(callbacks)
     if elbo is not None and not isinstance(elbo, ELBO):
         raise TypeError(f"elbo must be a pyro.infer.ELBO, got {type(elbo).__name__}")
-    check_counts(n_steps, batch_size)
+    check_counts(n_steps, batch_size, n_tokens)
     # Numpy's integers are whole numbers, but neither torch's generators nor JSON take them.
     n_steps, batch_size, seed = (
         operator.index(n_steps),
@@ -201,7 +201,7 @@ def fit(
     check_hooks(model, is_sampled=not is_closed)
     scales = FirstScales(model)
     model.initialize_(first)
-    model.n_tokens = n_tokens or size_of(data) or n_steps * batch_size
+    model.n_tokens = operator.index(n_tokens or size_of(data) or n_steps * batch_size)
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
     state.settings = settings

@@ -43,10 +43,12 @@ def with_gradients(function: _Function) -> _Function:
     return torch.inference_mode(False)(torch.enable_grad()(function))
 
 
-def check_counts(n_steps: int, batch_size: int) -> None:
-    """Raise ValueError unless both are whole numbers of at least 1."""
+def check_counts(n_steps: int, batch_size: int, n_tokens: int | None = None) -> None:
+    """Raise ValueError unless all, as far as given, are whole numbers of at least 1."""
     check_count("n_steps", n_steps)
     check_count("batch_size", batch_size)
+    if n_tokens is not None:
+        check_count("n_tokens", n_tokens)
 
 
 def check_seed(seed: object) -> int:
@@ -55,10 +57,11 @@ def check_seed(seed: object) -> int:
     Raises
     ------
     ValueError
-        If it is no whole number.
+        If it is no whole number from 0 to 2 ** 64 - 1: numpy's generators take none below 0, and
+        torch's none above.
     """
-    if not isinstance(seed, int | np.integer):
-        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number of at least 0, below 2 ** 64, got {seed!r}")
     return operator.index(seed)
 
 
