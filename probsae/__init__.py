@@ -4,7 +4,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from probsae import inference, interop, metrics, models
+from probsae import activations, inference, interop, metrics, models
+from probsae.activations import ActivationStore
 from probsae.comparison import Report
 from probsae.dictionary_posteriors import dictionaries_to_arviz
 from probsae.evaluate import evaluate
@@ -34,12 +35,15 @@ from probsae.posterior import to_arviz
 from probsae.synthetic import SyntheticActivations
 
 if TYPE_CHECKING:
-    from probsae import baselines
+    from probsae import baselines, lm, report
+    from probsae.activations.harvest import harvest
+    from probsae.activations.language_model import LanguageModel, load_language_model
     from probsae.estimator import DictionaryEstimator
 
 __version__ = version("probsae")
 
 __all__ = [
+    "ActivationStore",
     "BatchTopKSAE",
     "CodePosterior",
     "DictionaryEstimator",
@@ -47,6 +51,7 @@ __all__ = [
     "FitResult",
     "GatedSAE",
     "JumpReLUSAE",
+    "LanguageModel",
     "LaplaceDictionary",
     "MatryoshkaSAE",
     "PointPosterior",
@@ -58,29 +63,44 @@ __all__ = [
     "SpikeSlabDictionary",
     "SyntheticActivations",
     "TopKSAE",
+    "activations",
     "baselines",
     "dictionaries_to_arviz",
     "evaluate",
     "fit",
     "fit_ensemble",
+    "harvest",
     "inference",
     "interop",
+    "lm",
     "load",
+    "load_language_model",
     "metrics",
     "models",
     "polish",
     "refine",
+    "report",
     "save",
     "to_arviz",
 ]
 
 
+# What is imported at its first use: modules, and names by the module that has them.
+_MODULES = ("baselines", "lm", "report")
+_NAMES = {
+    "DictionaryEstimator": "probsae.estimator",
+    "LanguageModel": "probsae.activations.language_model",
+    "harvest": "probsae.activations.harvest",
+    "load_language_model": "probsae.activations.language_model",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Import what needs scikit-learn at its first use: it takes as long as all the rest."""
-    if name == "baselines":
-        return import_module("probsae.baselines")
-    if name == "DictionaryEstimator":
-        return import_module("probsae.estimator").DictionaryEstimator
+    """Import what needs scikit-learn, which takes as long as all the rest, or an extra."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -43,7 +43,9 @@ class ResumableSource(ActivationSource, Protocol):
         ...
 
 
-_TEXT_ADVICE = "; text becomes activations by `probsae harvest`, or probsae.activations.harvest"
+_TEXT_ADVICE = (
+    "; text becomes activations by `probsae harvest`, or probsae.harvest(model, text, hooks, out)"
+)
 
 ActivationData: TypeAlias = Tensor | np.ndarray | ActivationSource | Iterable[Tensor]
 
@@ -184,7 +186,7 @@ def _describe(data: object) -> str:
         return f"{type(data).__name__}{_advice(data)}"
     shown = repr(str(data) if len(str(data)) < 80 else f"{str(data)[:77]}...")
     if len(str(data)) < 4_096 and (Path(data) / "index.json").is_file():
-        return f"the path {shown}; open the store there: probsae.activations.ActivationStore(path)"
+        return f"the path {shown}; open the store there: probsae.ActivationStore(path)"
     return f"{shown}, which is no activation store{_TEXT_ADVICE}"
 
 

@@ -7,6 +7,7 @@ from probsae.models.laplace import LaplaceDictionary
 from probsae.models.rectified_gaussian import RectifiedGaussianDictionary
 from probsae.models.sae import (
     BatchTopKSAE,
+    DeterministicSAE,
     GatedSAE,
     JumpReLUSAE,
     MatryoshkaSAE,
@@ -19,6 +20,7 @@ from probsae.models.vae import SparseVAE
 __all__ = [
     "BatchTopKSAE",
     "CodePosterior",
+    "DeterministicSAE",
     "GatedSAE",
     "JumpReLUSAE",
     "LaplaceDictionary",
