@@ -12,7 +12,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probsae.activations.source import ActivationSource
-from probsae.inference.fit import fit
+from probsae.inference.fit import FitResult, fit
 from probsae.metrics.reconstruction import fvu
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
@@ -44,6 +44,8 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
     ----------
     dictionary_ : SparseDictionary
         The fitted model: its `encode` returns the whole posterior.
+    fit_result_ : FitResult
+        What the fit left behind: its `history` has the ELBO's course; its `model` is `dictionary_`.
     components_ : ndarray, shape (n_components, n_features_in_)
         Unit directions.
     n_features_in_ : int
@@ -97,7 +99,7 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
             model = self.model(
                 d_in=x.shape[1], d_sae=self.n_components, **(self.model_options or {})
             )
-        fit(
+        self.fit_result_: FitResult = fit(
             model,
             x,
             n_steps=self.n_steps,

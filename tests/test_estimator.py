@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -64,6 +65,16 @@ def test_same_seed_same_model():
     X = np.random.default_rng(0).normal(size=(50, 6))
     fits = [ps.DictionaryEstimator(n_components=8, n_steps=5, random_state=3).fit(X) for _ in "ab"]
     np.testing.assert_array_equal(fits[0].components_, fits[1].components_)
+
+
+def test_the_fits_result_is_kept():
+    X = np.random.default_rng(0).normal(size=(50, 6))
+    estimator = ps.DictionaryEstimator(n_components=8, n_steps=5, batch_size=10).fit(X)
+    result = estimator.fit_result_
+    assert (result.n_steps, result.n_tokens) == (5, 50)
+    assert result.model is estimator.dictionary_
+    assert result.history["step"] == [1, 2, 3, 4, 5]
+    assert clone(estimator).get_params() == estimator.get_params()
 
 
 def test_works_in_a_pipeline():
