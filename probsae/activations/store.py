@@ -111,21 +111,56 @@ class ActivationStore:
 
         Stores of more than 4 million tokens are shuffled in short runs of neighbours.
         """
+        return self.batches_after(0, batch_size, seed=seed, device=device)
+
+    def batches_after(
+        self,
+        n_batches: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> Iterator[Float[Tensor, "token d_in"]]:
+        """Return what `batches` yields after its first `n_batches`, which are not read."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         generator = torch.Generator().manual_seed(seed)
-        run = -(-self.n_tokens // _MAX_RUNS)
-        order = rows = torch.empty(0, dtype=torch.long)
+        n_runs = -(-self.n_tokens // self._run)
+        n_passes, n_passed = divmod(n_batches * batch_size, self.n_tokens)
+        for _ in range(n_passes):
+            torch.randperm(n_runs, generator=generator)
+        order = torch.randperm(n_runs, generator=generator)
+        order, rows = self._pass_over(n_passed, order)
         while True:
             while len(rows) < batch_size:
                 if not len(order):
-                    order = torch.randperm(-(-self.n_tokens // run), generator=generator)
-                n_runs = -(-(batch_size - len(rows)) // run)
-                drawn, order = order[:n_runs], order[n_runs:]
-                new = (drawn[:, None] * run + torch.arange(run)).flatten()
-                rows = torch.cat([rows, new[new < self.n_tokens]])
+                    order = torch.randperm(n_runs, generator=generator)
+                n_drawn = -(-(batch_size - len(rows)) // self._run)
+                drawn, order = order[:n_drawn], order[n_drawn:]
+                rows = torch.cat([rows, self._rows_of(drawn)])
             yield self.gather(rows[:batch_size]).to(device)
             rows = rows[batch_size:]
+
+    @property
+    def _run(self) -> int:
+        """Neighbours that are drawn together."""
+        return -(-self.n_tokens // _MAX_RUNS)
+
+    def _rows_of(self, runs: Int[Tensor, " run"]) -> Int[Tensor, " token"]:
+        """Return the tokens of runs; the last of a pass may be a short one."""
+        rows = (runs[:, None] * self._run + torch.arange(self._run)).flatten()
+        return rows[rows < self.n_tokens]
+
+    def _pass_over(
+        self, n_tokens: int, order: Int[Tensor, " run"]
+    ) -> tuple[Int[Tensor, " left"], Int[Tensor, " token"]]:
+        """Return the runs of a pass after `n_tokens` tokens, and the rest of the one begun."""
+        starts = order * self._run
+        ends = (self.n_tokens - starts).clamp(max=self._run).cumsum(0)
+        n_whole = int(torch.searchsorted(ends, n_tokens, right=True))
+        begun = self._rows_of(order[n_whole : n_whole + 1])
+        n_left = int(ends[n_whole]) - n_tokens
+        return order[n_whole + 1 :], begun[len(begun) - n_left :]
 
     def sequential(
         self, batch_size: int, device: str | torch.device | None = None

@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 
+import probsae as ps
 from probsae.activations import ActivationStore, CorruptShardError, StoreWriter, robust_scale
 from probsae.activations.scaling import limit_norms
 from probsae.activations.shards import Shard
+from probsae.inference import Checkpoint
+from tests.killed import KilledAfter
 
 
 def write(folder, x, shard_tokens=16, dtype="float32", **labels):
@@ -64,6 +67,48 @@ def test_runs_of_neighbours_lose_no_token(tmp_path, monkeypatch, most_runs):
         assert seen.tolist() != list(range(48))
     neighbours = float((seen.diff() == 1).float().mean())
     assert (neighbours > 0.6) == (most_runs == 10)
+
+
+@pytest.mark.parametrize("most_runs", [48, 10])
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 48, 100])
+def test_batches_are_passed_over_unread(tmp_path, monkeypatch, most_runs, batch_size):
+    monkeypatch.setattr("probsae.activations.store._MAX_RUNS", most_runs)
+    store = write(tmp_path / "s", torch.arange(48.0)[:, None].expand(-1, 3).contiguous())
+    stream = store.batches(batch_size, seed=3)
+    expected = [next(stream) for _ in range(60)]
+    read, gather = [], ActivationStore.gather
+    monkeypatch.setattr(
+        ActivationStore, "gather", lambda self, rows: read.append(rows) or gather(self, rows)
+    )
+    for n_batches in (0, 1, 2, 3, 5, 6, 7, 11, 48, 55):
+        read.clear()
+        stream = store.batches_after(n_batches, batch_size, seed=3)
+        for batch in expected[n_batches : n_batches + 5]:
+            assert torch.equal(next(stream), batch)
+        assert len(read) == 5
+
+
+def test_a_fit_that_is_resumed_does_not_read_what_it_had(tmp_path, monkeypatch):
+    store = write(tmp_path / "s", torch.randn(1_500, 4), shard_tokens=512)
+    options = {"n_steps": 14, "batch_size": 512, "progress": False}
+
+    def fit(folder, *callbacks, resume=None):
+        torch.manual_seed(0)
+        model = ps.TopKSAE(4, 8, k=2)
+        callbacks = [*callbacks, Checkpoint(folder, every=11)]
+        ps.fit(model, store, **options, callbacks=callbacks, resume=resume)
+        return model.state_dict()
+
+    whole = fit(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "b", KilledAfter(12))
+    read, gather = [], ActivationStore.gather
+    monkeypatch.setattr(
+        ActivationStore, "gather", lambda self, rows: read.append(rows) or gather(self, rows)
+    )
+    resumed = fit(tmp_path / "b", resume=tmp_path / "b")
+    assert len(read) == 8 + 3  # the first 4,096 tokens, and those of the steps that are left
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def test_seed_fixes_the_order(tmp_path, x):
