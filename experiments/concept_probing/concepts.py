@@ -125,9 +125,7 @@ def last_activations(
         padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
         with torch.no_grad():
             (x,) = capture(
-                model.network,
-                [point],
-                lambda ids=padded: model.network(input_ids=ids, use_cache=False),
+                [point], lambda ids=padded: model.network(input_ids=ids, use_cache=False)
             )
         last = torch.tensor([len(ids) - 1 for ids in batch], device=x.device)
         rows.append(x[torch.arange(len(batch), device=x.device), last].float().cpu())

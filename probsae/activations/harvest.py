@@ -200,7 +200,7 @@ def _activations(
     model: LanguageModel, points: list[HookPoint], ids: Int[Tensor, "context position"]
 ) -> list[Tensor]:
     """Return what passes each hook, (context, position, width)."""
-    seen = capture(model.network, points, lambda: model.run(ids))
+    seen = capture(points, lambda: model.run(ids))
     return [by_context(x, ids.shape) for x in seen]
 
 

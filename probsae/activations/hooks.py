@@ -120,9 +120,7 @@ def find_hook(model: nn.Module, name: str) -> HookPoint:
     return HookPoint(name, modules[module_name], at_input=side == "input")
 
 
-def capture(
-    model: nn.Module, hooks: Sequence[HookPoint], forward: Callable[[], Any]
-) -> list[Tensor]:
+def capture(hooks: Sequence[HookPoint], forward: Callable[[], Any]) -> list[Tensor]:
     """Run `forward` up to the last of `hooks` and return what passed each, in their order.
 
     The layers above are not computed: the forward is left by an exception, caught here, once

@@ -71,7 +71,7 @@ def read_contexts(
     """
     point = find_hook(model.network, hook)
     for ids in shown(token_ids.split(batch_size), hook, "batch", progress):
-        x = capture(model.network, [point], partial(model.run, ids))[0]
+        x = capture([point], partial(model.run, ids))[0]
         yield by_context(x, ids.shape)
 
 

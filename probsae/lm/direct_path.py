@@ -65,4 +65,4 @@ def direct_gain(
 def _read(
     model: LanguageModel, end: HookPoint, ids: Int[Tensor, "context position"]
 ) -> Float[Tensor, "..."]:
-    return capture(model.network, [end], lambda: model.run(ids))[0].float()
+    return capture([end], lambda: model.run(ids))[0].float()

@@ -73,7 +73,7 @@ def test_forward_stops_at_the_last_hook():
     model = tiny_language_model()
     points = [find_hook(model.network, hook) for hook in HOOKS]
     ids = torch.randint(50, (2, 5))
-    capture(model.network, points, lambda: model.network(input_ids=ids))
+    capture(points, lambda: model.network(input_ids=ids))
     assert [block.n_calls for block in model.network.layers] == [1, 0]
     model.network(input_ids=ids)  # hooks are gone: the whole forward runs
     assert [block.n_calls for block in model.network.layers] == [2, 1]
