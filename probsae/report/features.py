@@ -75,6 +75,8 @@ class FeatureColumns:
     direction_variance : array or None
         Expected 1 - cosine with the true direction, as the dictionary's posterior states it; lower
         is better.
+    direction_lower, direction_upper : array or None
+        Equal-tailed interval of that 1 - cosine.
     p_real : array or None
         Probability that the data have the feature, as stated there; higher is better.
     stability : array or None
@@ -87,6 +89,8 @@ class FeatureColumns:
     undecided: Values
     largest: Values
     direction_variance: Values | None = None
+    direction_lower: Values | None = None
+    direction_upper: Values | None = None
     p_real: Values | None = None
     stability: Values | None = None
 
@@ -106,7 +110,7 @@ class FeatureData:
     n_tokens : int
         Tokens looked at.
     level : float
-        Of the rates' intervals.
+        Of the intervals.
     interval_source : IntervalSource
         Which posterior they are of: the dictionary's, where there is one, else that of the tokens
         looked at.
@@ -219,6 +223,7 @@ def _columns(
     else:
         lower, upper = (_values(bound) for bound in posterior.rate_interval(level))
         _check_length("posterior.rate_interval", lower, codes.d_sae, "features")
+    directions = _direction_interval(posterior, level)
     return FeatureColumns(
         rate=codes.rate,
         rate_lower=lower,
@@ -226,9 +231,22 @@ def _columns(
         undecided=codes.undecided,
         largest=np.array([_largest(codes.of(i).mean) for i in range(codes.d_sae)]),
         direction_variance=None if posterior is None else _values(posterior.direction_variance),
+        direction_lower=directions[0],
+        direction_upper=directions[1],
         p_real=_p_real(posterior),
         stability=None if stability is None else _values(stability),
     )
+
+
+def _direction_interval(
+    posterior: DirectionUncertainty | None, level: float
+) -> tuple[Values, Values] | tuple[None, None]:
+    """Return what the posterior states; a foreign one may state none."""
+    interval = getattr(posterior, "direction_interval", None)
+    if interval is None:
+        return None, None
+    lower, upper = interval(level)
+    return _values(lower), _values(upper)
 
 
 def _p_real(posterior: DirectionUncertainty | None) -> Values | None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from probsae.report.examples import N_BINS, WINDOW
-from probsae.report.features import FeatureData
+from probsae.report.features import FeatureColumns, FeatureData
 from probsae.report.sparse_codes import Entries
 
 # From empty to full, one character a bin.
@@ -63,7 +63,7 @@ def _figures(features: FeatureData, feature: int) -> Table:
         f"({features.interval_source.tokens}); number {rank} of {len(columns.rate)}",
     )
     if columns.direction_variance is not None:
-        table.add_row("direction", f"expected 1 - cosine {columns.direction_variance[feature]:.2g}")
+        table.add_row("direction", _direction(columns, feature, features.level))
     if columns.p_real is not None:
         table.add_row("real", f"probability {columns.p_real[feature]:.3f}")
     if columns.stability is not None:
@@ -77,6 +77,15 @@ def _figures(features: FeatureData, feature: int) -> Table:
         shown = "  ".join(f"{features.text.strings[i]!r} {share:.0%}" for i, share in common)
         table.add_row("tokens", Text(shown))
     return table
+
+
+def _direction(columns: FeatureColumns, feature: int, level: float) -> str:
+    assert columns.direction_variance is not None
+    text = f"expected 1 - cosine {columns.direction_variance[feature]:.2g}"
+    if columns.direction_lower is None or columns.direction_upper is None:
+        return text
+    low, high = columns.direction_lower[feature], columns.direction_upper[feature]
+    return f"{text}, {level:.0%} interval {low:.2g} to {high:.2g}"
 
 
 def _histogram(features: FeatureData, feature: int) -> Text:

@@ -109,6 +109,9 @@ class Known:
     def rate_interval(self, level):
         return torch.full((D_IN,), 0.01), torch.full((D_IN,), 0.09)
 
+    def direction_interval(self, level):
+        return 0.8 * self.direction_variance, 1.3 * self.direction_variance
+
 
 @pytest.fixture(scope="module")
 def with_posterior(tmp_path_factory, features):
@@ -140,7 +143,10 @@ def test_all_columns_are_in_view_and_headings_whole(visit, with_posterior):
     assert title.startswith("90% interval of the rate, of the tokens that the dictionary's")
     variance = float(Known.direction_variance[selected(tab)])
     shown = tab.locator(".stats div", has_text="direction").locator("dd").inner_text()
-    assert float(shown) == pytest.approx(variance, rel=0.03)
+    expected, low, high = (float(shown.split()[i]) for i in (0, 1, 3))
+    figures = [variance, 0.8 * variance, 1.3 * variance]
+    assert [expected, low, high] == pytest.approx(figures, rel=0.06)  # two digits
+    assert shown.endswith("(90%)")
 
 
 def test_numbers_stand_beside_their_text(visit, address):

@@ -165,6 +165,20 @@ def test_a_posterior_gives_direction_variance_and_rate_interval(x):
     np.testing.assert_allclose(columns.rate_lower, 0.005)
     np.testing.assert_allclose(columns.rate_upper, 0.01)
     assert data.interval_source.tokens == "tokens of the posterior"
+    assert columns.direction_lower is None  # this one states none
+
+
+def test_pages_show_the_interval_of_a_direction(x):
+    class Whole(Posterior):
+        def direction_interval(self, level):
+            return level * self.direction_variance, self.direction_variance / level
+
+    data = gather_features(Planted(D_IN), x, posterior=Whole(), level=0.5)
+    np.testing.assert_allclose(data.columns.direction_upper, 2 * Posterior.direction_variance)
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(feature_page(data, 0))
+    assert "expected 1 - cosine 0.1, 50% interval 0.05 to 0.2" in screen.getvalue()
+    assert feature_payload(data)["columns"]["direction_lower"][0] == 0.05
 
 
 def test_pages_say_whose_the_intervals_of_the_rates_are(x):

@@ -2,16 +2,26 @@ function stat(name, text, more, title) {
   return make("div", { title }, make("dt", {}, name), make("dd", {}, text, more ? make("small", {}, ` ${more}`) : null));
 }
 
+// The interval of a figure that has one, and what it is of.
+function intervalOf(name, feature) {
+  const [lower, upper, source] = {
+    rate: ["rate_lower", "rate_upper", FEATURES.interval],
+    direction_variance: ["direction_lower", "direction_upper", null],
+  }[name] ?? [];
+  if (!lower || !FEATURES.columns[lower]) return [null, ""];
+  const level = `${Math.round(100 * FEATURES.level)}%${source ? `, ${source.tokens}` : ""}`;
+  const digits = source ? undefined : 2;
+  const [low, high] = [lower, upper].map((column) => number(value(column, feature), digits));
+  return [`${low} to ${high} (${level})`, source ? `. Its interval is ${source.meaning}` : ""];
+}
+
 function stats(feature) {
-  const level = Math.round(100 * FEATURES.level);
-  const interval = `${number(value("rate_lower", feature))} to ${number(value("rate_upper", feature))} (${level}%, ${FEATURES.interval.tokens})`;
-  const ofInterval = `. Its interval is ${FEATURES.interval.meaning}`;
   return make(
     "dl", { class: "stats" },
-    ...COLUMNS.map(({ name, label, format, title }) =>
-      name === "rate"
-        ? stat(label, format(value(name, feature)), interval, title + ofInterval)
-        : stat(label, format(value(name, feature)), null, title))
+    ...COLUMNS.map(({ name, label, format, title }) => {
+      const [interval, meaning] = intervalOf(name, feature);
+      return stat(label, format(value(name, feature)), interval, title + meaning);
+    })
   );
 }
 
