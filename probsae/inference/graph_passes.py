@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch.partitioners import default_partition
-from torch.fx import Graph, GraphModule
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
 
 try:
     from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
@@ -39,10 +41,11 @@ if CustomGraphPass is not None and CustomPartitionerFn is not None:
             self, gm: GraphModule, joint_inputs: Sequence[object], **options: Any
         ) -> tuple[GraphModule, GraphModule]:
             options.pop("compiler", None)
+            _take_views_anew(gm.graph)
             return default_partition(gm, joint_inputs, **options)
 
         def uuid(self) -> str:
-            return "probsae: default_partition"
+            return "probsae: default_partition, views taken anew"
 
     class _ProductsAsCpusLikeThem(CustomGraphPass):
         """Take products apart from sums, and with the longer side of the result in memory's order.
@@ -58,6 +61,32 @@ if CustomGraphPass is not None and CustomPartitionerFn is not None:
 
         def uuid(self) -> str:
             return "probsae: products as CPUs like them"
+
+    def _take_views_anew(graph: Graph) -> None:
+        """Have the backward pass take its own views of what the forward pass hands it.
+
+        Inductor writes over what the backward pass was handed and needs no more, as if each had
+        memory of its own. A row and its expansion to the tokens have one, and saved both, the one
+        was written over by the other: gradients by scales of a posterior were wrong by any amount.
+        """
+        nodes = list(graph.nodes)
+        n_forward = 1 + max(i for i, node in enumerate(nodes) if _is_forward(node))
+        forward = set(nodes[:n_forward])  # as the partitioner sees it
+        for node in reversed(nodes[:n_forward]):
+            later = [u for u in node.users if u not in forward and u.op != "output"]
+            if later and _is_view(node):
+                with graph.inserting_after(nodes[n_forward - 1]):
+                    anew = graph.node_copy(node)
+                anew.meta["partitioner_tag"] = "is_backward"
+                for user in later:
+                    user.replace_input_with(node, anew)
+
+    def _is_forward(node: Node) -> bool:
+        return node.meta.get("partitioner_tag") == "is_forward"
+
+    def _is_view(node: Node) -> bool:
+        is_view = isinstance(node.target, OpOverload) and node.target.is_view
+        return is_view and isinstance(node.meta.get("val"), Tensor)  # `split` returns several
 
     def _take_sums_apart(graph: Graph) -> None:
         aten = torch.ops.aten

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor", "fit"])  # "fit": as a CPU's fit does
 def test_every_dictionary_compiles_without_graph_breaks(backend):
     command = [sys.executable, "-m", "tests.models.trace_all", backend]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
