@@ -102,7 +102,7 @@ def test_tilting_is_bayes_rule(slab):
 
 
 @pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
-def test_tilted_divergence_is_the_general_one(slab):
+def test_the_divergence_from_its_prior_is_the_general_one(slab):
     """Value and gradient: by the evidence in full, by the prior with q held."""
     logits = torch.linspace(-3, 0, 4, **DOUBLE).requires_grad_()
     loc = torch.linspace(0.2, 1, 4, **DOUBLE).requires_grad_()
@@ -112,7 +112,7 @@ def test_tilted_divergence_is_the_general_one(slab):
     parameters = [logits, loc, scale, evidence, precision]
     p = SpikeSlab(logits, slab(loc, scale))
     q = TiltedSpikeSlab(p, evidence, precision)
-    closed = kl_divergence(q, p)
+    closed = q.kl_from_its_prior(p)
     general = kl_divergence(SpikeSlab(q.logits, q.slab), p)
     torch.testing.assert_close(closed, general)
     weights = torch.rand(3, 4, **DOUBLE)
@@ -201,23 +201,44 @@ def test_gradients_where_the_evidence_is_held_at_its_bound(lowest_evidence):
     assert torch.autograd.gradcheck(lambda e, q: TiltedSpikeSlab(p, e, q).divergence, far)
 
 
-def test_a_posterior_stays_that_of_the_prior_it_was_made_with():
-    logits = torch.zeros(4, **DOUBLE)
-    p = SpikeSlab(logits, prior(Normal).slab)
+@pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
+@pytest.mark.parametrize("changed", ["logits", "loc", "scale"])
+def test_a_posterior_stays_that_of_the_prior_it_was_made_with(slab, changed):
+    """And is held against the prior that it is asked about, whatever the two share."""
+    p = prior(slab)
     q = TiltedSpikeSlab(p, torch.randn(3, 4, **DOUBLE), torch.ones(4, **DOUBLE))
-    before = SpikeSlab(q.logits.clone(), q.slab)
-    logits += 2
-    expected = kl_divergence(before, p)
-    torch.testing.assert_close(kl_divergence(q, p), expected)
-    fresh = TiltedSpikeSlab(SpikeSlab(torch.zeros(4, **DOUBLE), p.slab), q._evidence, q._precision)
-    torch.testing.assert_close(kl_divergence(fresh, p), expected)
+    before = SpikeSlab(q.logits.clone(), slab(q.slab.loc.clone(), q.slab.scale.clone()))
+    torch.testing.assert_close(kl_divergence(q, p), q.divergence)
+    value = p.logits if changed == "logits" else getattr(p.slab, changed)
+    value += 2  # in place, as a training step does
+    p = SpikeSlab(p.logits, slab(p.slab.loc, p.slab.scale))  # what it stands for now
+    torch.testing.assert_close(kl_divergence(q, p), kl_divergence(before, p))
+    assert not torch.allclose(kl_divergence(q, p), q.divergence)
 
 
-def test_tilted_divergence_from_another_prior_is_the_general_one():
-    p, other = prior(Normal), SpikeSlab(torch.zeros(4, **DOUBLE), prior(Normal).slab)
+@pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
+def test_a_draw_leaves_the_gradients_of_what_is_asked_after_it(slab):
+    evidence, gradients = torch.randn(3, 4, **DOUBLE).requires_grad_(), []
+    for draws_first in (False, True):
+        q = TiltedSpikeSlab(prior(slab), evidence, torch.ones(4, **DOUBLE))
+        if draws_first:
+            q.sample()
+        density = q.log_prob(torch.full((3, 4), 0.4, **DOUBLE)).sum()
+        gradients += torch.autograd.grad(density, evidence)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("slab", [Normal, TruncatedNormal])
+@pytest.mark.parametrize("changed", ["logits", "loc", "scale"])
+def test_tilted_divergence_from_another_prior_is_the_general_one(slab, changed):
+    p = prior(slab)
     q = TiltedSpikeSlab(p, torch.randn(3, 4, **DOUBLE), torch.ones(4, **DOUBLE))
+    parts = {"logits": p.logits, "loc": p.slab.loc, "scale": p.slab.scale}
+    parts[changed] = parts[changed] + 1
+    other = SpikeSlab(parts["logits"], slab(parts["loc"], parts["scale"]))
     expected = kl_divergence(SpikeSlab(q.logits, q.slab), other)
     torch.testing.assert_close(kl_divergence(q, other), expected)
+    assert not torch.allclose(expected, q.divergence)
 
 
 @pytest.mark.parametrize("slab", [Normal, TruncatedNormal])

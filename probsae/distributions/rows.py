@@ -74,17 +74,14 @@ class _Weigh(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        row, moment = inputs
-        # Pyro's plates expand a prior to the tokens' shape.
-        ctx.is_one_row = row.ndim < moment.ndim
+        _, moment = inputs
         ctx.save_for_backward(moment)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         (moment,) = ctx.saved_tensors
-        weighted = gradient * moment
-        return sum_over_tokens(weighted) if ctx.is_one_row else weighted, None
+        return sum_over_tokens(gradient * moment), None
 
 
 def weigh(row: Tensor, moment: Tensor) -> Tensor:

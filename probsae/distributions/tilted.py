@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributions import register_kl
 
 from probsae.distributions.rows import sum_over_tokens, weigh
-from probsae.distributions.spike_slab import KeepsMoments, SpikeSlab, kl_spike_slab
+from probsae.distributions.spike_slab import KeepsMoments, SpikeSlab
 from probsae.distributions.truncated_normal import (
     LOWEST_RATIO,
     TruncatedNormal,
@@ -56,7 +55,8 @@ class TiltedSpikeSlab(KeepsMoments):
     -----
     The prior's parameters are constants in it. q is the optimum given its evidence, so the ELBO's
     gradient by them through q vanishes (the envelope theorem); what is left is the divergence's
-    own dependence on the prior, which `kl_divergence` carries.
+    own dependence on the prior, which `kl_from_its_prior` carries. `kl_divergence` takes any
+    spike-and-slab for its second law, in many more passes over the codes.
 
     Source: Titsias and Lazaro-Gredilla (2011), equations 9-12.
     """
@@ -64,7 +64,6 @@ class TiltedSpikeSlab(KeepsMoments):
     def __init__(self, prior: SpikeSlab, evidence: Tensor, precision: Tensor):
         # Copies: parameters change in place, and the posterior is that of the prior it was given.
         self.prior, self._evidence, self._precision = prior.detach().clone(), evidence, precision
-        self._given_logits, self._given_version = prior.logits, _version(prior.logits)
         # Evidence far below zero says no more on the half line; beyond that ratio the closed
         # forms lose their digits, and with them the divergence its sign.
         self._is_half_line = isinstance(prior.slab, TruncatedNormal)
@@ -87,7 +86,8 @@ class TiltedSpikeSlab(KeepsMoments):
     def _slab_and_logits(self) -> tuple[Normal | TruncatedNormal, Tensor]:
         """Make them when they are first asked for: a training step never does."""
         if self._law is None:
-            self._law = self._make_law()
+            with torch.enable_grad():  # a draw may be the first to ask, and does so without
+                self._law = self._make_law()
         return self._law
 
     def _make_law(self) -> tuple[Normal | TruncatedNormal, Tensor]:
@@ -100,6 +100,30 @@ class TiltedSpikeSlab(KeepsMoments):
         ratio = ratio.clamp(min=LOWEST_RATIO)
         slab = TruncatedNormal(ratio * scale, scale, validate_args=False)
         return slab, rows.log_odds + slab.log_mass + 0.5 * ratio.square()
+
+    def kl_from_its_prior(self, prior: SpikeSlab) -> Tensor:
+        """Return KL(q || prior) of the very law that q was tilted from, with gradient by both.
+
+        Whether it is that law only the caller knows: its tensors are new at each step, and their
+        values are on a device that would have to be waited for.
+        """
+        # -E_q log p with q held is linear in three moments of q: its gradient is three sums.
+        p_active, mean = self.p_active.detach(), self.mean.detach()
+        second = self.variance.detach() + mean.square()
+        slab = prior.slab
+        precision = slab.scale.reciprocal().square()
+        constant = slab.scale.log() + 0.5 * precision * slab.loc.square() - prior.logits
+        if self._is_half_line:
+            constant = constant + slab.log_mass
+        value = self.divergence
+        for row, moment in [
+            (constant, p_active),
+            (0.5 * precision, second),
+            (-precision * slab.loc, mean),
+            (F.softplus(prior.logits), torch.ones_like(mean)),
+        ]:
+            value = value + weigh(row, moment)
+        return value
 
     def expand(self, batch_shape, _instance=None):
         if torch.Size(batch_shape) == self.batch_shape:
@@ -281,47 +305,3 @@ class _Moments(torch.autograd.Function):
             natural_by_precision = torch.where(is_inside, evidence, 0.5 * ctx.lowest * scale)
         by_precision = sum_over_tokens(natural_by_precision * by_natural - 0.5 * by_half)
         return by_evidence, by_precision, None, None, None, None, None, None, None
-
-
-@register_kl(TiltedSpikeSlab, SpikeSlab)
-def _kl_tilted_prior(q: TiltedSpikeSlab, p: SpikeSlab) -> Tensor:
-    """Cheap where p is the prior that q was tilted from; the general form elsewhere."""
-    if not (torch.compiler.is_compiling() or _is_its_prior(q, p)):
-        return kl_spike_slab(SpikeSlab(q.logits, q.slab, validate_args=False), p)
-    if not torch.is_grad_enabled():
-        return q.divergence
-    # -E_q log p with q held is linear in three moments of q: its gradient is three sums.
-    p_active, mean = q.p_active.detach(), q.mean.detach()
-    second = q.variance.detach() + mean.square()
-    precision = p.slab.scale.reciprocal().square()
-    constant = p.slab.scale.log() + 0.5 * precision * p.slab.loc.square() - p.logits
-    if isinstance(p.slab, TruncatedNormal):
-        constant = constant + p.slab.log_mass
-    value = q.divergence
-    for row, moment in [
-        (constant, p_active),
-        (0.5 * precision, second),
-        (-precision * p.slab.loc, mean),
-        (F.softplus(p.logits), torch.ones_like(mean)),
-    ]:
-        value = value + weigh(row, moment)
-    return value
-
-
-def _is_its_prior(q: TiltedSpikeSlab, p: SpikeSlab) -> bool:
-    """Whether q was tilted from p: made of the same parameter, or equal up to broadcasting.
-
-    The first needs no look at the values, for which a GPU would have to be waited for.
-    """
-    if q._given_logits is p.logits and q._given_version == _version(p.logits):
-        return True
-    a, b = q.prior, p
-    pairs = [(a.logits, b.logits), (a.slab.loc, b.slab.loc), (a.slab.scale, b.slab.scale)]
-    return type(a.slab) is type(b.slab) and all(bool((u == v).all()) for u, v in pairs)
-
-
-def _version(tensor: Tensor) -> int:
-    """Count the changes made in place; a compiled step holds its parameters anyway."""
-    if torch.compiler.is_compiling() or tensor.is_inference():
-        return 0
-    return tensor._version

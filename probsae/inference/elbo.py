@@ -11,6 +11,7 @@ so no code is sampled and the gradient has no noise. Source: Titsias and Lazaro-
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -87,14 +88,32 @@ def elbo_terms(
     ValueError
         If the decoder is not linear: the expectation has no closed form then.
     """
+    if posterior is None:
+        return infer_terms(model, x)[1]
+    return _terms(model, x, posterior, model.kl)
+
+
+def infer_terms(
+    model: SparseDictionary, x: Float[Tensor, "token d_in"]
+) -> tuple[CodePosterior, ElboTerms]:
+    """Return the model's own posterior of `x`, with gradient, and its `elbo_terms`."""
+    posterior = model.posterior(x)
+    return posterior, _terms(model, x, posterior, model.kl_of_own)
+
+
+def _terms(
+    model: SparseDictionary,
+    x: Float[Tensor, "token d_in"],
+    posterior: CodePosterior,
+    kl: Callable[[CodePosterior], Float[Tensor, " token"]],
+) -> ElboTerms:
     require_linear_decoder(model)
-    posterior = model.posterior(x) if posterior is None else posterior
     residual = x - model.decode(posterior.mean)
     squared_error = expected = residual.square().sum(-1)
     if not posterior.is_point:
         expected = squared_error + posterior.variance.sum(-1)  # sum_i v_i |w_i|^2, unit rows
     log_likelihood = expected_log_likelihood(model, expected)
-    return ElboTerms(log_likelihood, model.kl(posterior), squared_error)
+    return ElboTerms(log_likelihood, kl(posterior), squared_error)
 
 
 def expected_log_likelihood(
@@ -115,8 +134,7 @@ def objective(
     `torch.compile` takes it with fullgraph=True. The weight `kl_weight` in [0, 1] anneals the
     Kullback-Leibler term (a deterministic SAE's sparsity penalty).
     """
-    posterior = model.posterior(x)
-    terms = elbo_terms(model, x, posterior)
+    posterior, terms = infer_terms(model, x)
     extra = model.auxiliary_loss(x, posterior, kl_weight)
     firing_rate = mean_over_tokens(posterior.p_active.detach())
     return summarize(model, x, terms, extra, firing_rate, kl_weight)

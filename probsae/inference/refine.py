@@ -263,12 +263,13 @@ class _Ascent(NamedTuple):
     def run(self, start: SpikeSlab, n_sweeps: int) -> _Law:
         """Return each candidate's law after the sweeps that raised the token's ELBO."""
         n_tokens = len(self.mean)
-        best, best_elbo = _Law.of(start, n_tokens), self.elbo(start)
+        best = _Law.of(start, n_tokens)
+        best_elbo = self.elbo(start, kl_divergence(start, self.prior))
         mean = self.mean
         for _ in range(n_sweeps):
             evidence = self.sweep(mean)
             q = TiltedSpikeSlab(self.prior, evidence, self.precision)
-            elbo = self.elbo(q)
+            elbo = self.elbo(q, q.divergence)
             is_better = (elbo > best_elbo)[:, None]
             new = _Law.of(q, n_tokens)
             best = _Law(*(torch.where(is_better, a, b) for a, b in zip(new, best, strict=True)))
@@ -289,9 +290,10 @@ class _Ascent(NamedTuple):
             correlation = correlation - change[:, None] * self.gram[:, i]
         return torch.stack(evidence, dim=1)
 
-    def elbo(self, q: SpikeSlab) -> Float[Tensor, " token"]:
-        """ELBO of each token up to what no candidate changes, nats."""
+    def elbo(
+        self, q: SpikeSlab, divergence: Float[Tensor, "token candidate"]
+    ) -> Float[Tensor, " token"]:
+        """ELBO of each token up to what no candidate changes, nats; with q's KL from the prior."""
         change = q.mean - self.mean
         error = ((change[:, None] @ self.gram)[:, 0] - 2 * self.correlation) * change
-        divergence = kl_divergence(q, self.prior)
         return -(0.5 * self.precision * (error + q.variance) + divergence).sum(1)

@@ -159,6 +159,13 @@ class SparseDictionary(nn.Module, ABC):
         """Return KL(q(z | x) || p(z)) of each token, nats; of a point, minus its log density."""
         return kl_divergence(as_event(posterior.distribution), self.prior())
 
+    def kl_of_own(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
+        """Return the `kl` of what `posterior` has just returned, before anything has changed.
+
+        A family may know more of it than of any posterior, and find it for less.
+        """
+        return self.kl(posterior)
+
     def log_prior_parameters(self) -> Tensor | None:
         """Log-density of learned parameters that have a prior (the firing rates), nats."""
         return None

@@ -169,6 +169,16 @@ class SpikeSlabDictionary(SparseDictionary):
         precision = (-2 * self.log_step_noise[-1]).exp()
         return CodePosterior(TiltedSpikeSlab(prior, evidence, precision))
 
+    def kl_of_own(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
+        # Only where no subclass has put another hook: it may return, or tilt, another prior.
+        cls, own = type(self), SpikeSlabDictionary
+        is_own = cls.prior is own.prior and cls.posterior is own.posterior and cls.kl is own.kl
+        if not is_own:
+            return super().kl_of_own(posterior)
+        q = posterior.distribution
+        assert isinstance(q, TiltedSpikeSlab)
+        return q.kl_from_its_prior(self.code_prior()).sum(-1)
+
     def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
         size = typical_code_size(x_centered)
         self.code_prior.initialize_(size)

@@ -24,6 +24,7 @@ from probsae.inference.ensemble.memory import peak_bytes, split
 from probsae.inference.ensemble.program import trace
 from probsae.inference.ensemble.waves import Footprint, footprint, waves
 from tests.own_model import LinearLaplace
+from tests.own_prior import OwnPrior
 
 N_STEPS = 15
 OPTIONS = {"n_steps": N_STEPS, "batch_size": 64, "device": "cpu", "progress": False}
@@ -41,6 +42,7 @@ FAMILIES = [
     (ps.LaplaceDictionary, [{}, {}]),
     (ps.RectifiedGaussianDictionary, [{}, {}]),
     (ps.SparseVAE, [{}, {}]),
+    (OwnPrior, [{}, {}]),
 ]
 VARIANTS = [
     (ps.SpikeSlabDictionary, [{"slab": "normal"}, {"slab": "normal"}]),

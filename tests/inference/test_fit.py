@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -31,6 +32,8 @@ from probsae.models.base import as_event
 from tests.inference.small import OPTIONS, small_model
 from tests.killed import KilledAfter
 from tests.own_model import LinearLaplace
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_takes_every_form_of_data(source):
@@ -286,16 +289,18 @@ def test_a_compiled_fit_is_the_eager_fit(tmp_path):
     # A process of its own: the shape checks of this one are no part of what is compiled.
     script = """
 import torch, probsae as ps
+from tests.own_prior import OwnPrior
 source = ps.SyntheticActivations(d_in=8, n_features=10, n_active=2, noise_scale=0.05, seed=1)
-models = []
-for compile in (False, True):
-    torch.manual_seed(0)
-    model = ps.SpikeSlabDictionary(d_in=8, d_sae=12)
-    ps.fit(model, source, n_steps=20, batch_size=32, device="cpu", compile=compile)
-    models.append(model)
-torch.testing.assert_close(models[0].W_dec, models[1].W_dec, rtol=1e-3, atol=1e-4)
+for cls in (ps.SpikeSlabDictionary, OwnPrior):
+    models = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = cls(d_in=8, d_sae=12)
+        ps.fit(model, source, n_steps=20, batch_size=32, device="cpu", compile=compile)
+        models.append(model)
+    torch.testing.assert_close(models[0].W_dec, models[1].W_dec, rtol=1e-3, atol=1e-4)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 

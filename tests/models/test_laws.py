@@ -15,6 +15,7 @@ import probsae.models as models
 from probsae.distributions import SpikeSlab
 from probsae.inference import ExactELBO, NoiseFloorWarning, elbo_terms, fit, objective
 from probsae.models.base import SparseDictionary, as_event
+from tests.own_prior import OwnPrior
 
 D_IN, D_SAE, N_TOKENS = 6, 10, 64
 # Standard errors that a sum of independent draws exceeds with probability 1e-5.
@@ -33,6 +34,7 @@ VARIANTS = [(cls, {}) for cls in CLASSES] + [
     (models.SpikeSlabDictionary, {"slab": "truncated_normal", "encoder_steps": 1}),
     (models.SpikeSlabDictionary, {"encoder_steps": 0, "rate_prior": (2.0, 5.0)}),
     (models.SparseVAE, {"prior": "laplace"}),
+    (OwnPrior, {}),
 ]
 NON_LINEAR = [
     (models.SparseVAE, {"decoder_hidden": 7}),
@@ -139,6 +141,23 @@ def test_closed_form_elbo_equals_monte_carlo(variant):
         standard_error = sampled.std(0) / 3000**0.5
         error = (sampled.mean(0) - exact).abs()
         assert (error <= K_STANDARD_ERRORS * standard_error + 1e-6 * exact.abs() + 1e-9).all()
+
+
+@every_linear
+def test_a_posterior_is_held_against_the_prior_as_it_is_now(variant):
+    model, x = build(variant)
+    post = model.encode(x)
+    before = model.kl(post)
+    torch.testing.assert_close(objective(model, x).kl, before.mean())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.rand_like(parameter))
+    draws, prior = post.distribution.sample((3000,)), model.prior()
+    sampled = -prior.log_prob(draws)
+    if not model.is_deterministic:
+        sampled = sampled + as_event(post.distribution).log_prob(draws)
+    after, standard_error = model.kl(post), sampled.std(0) / 3000**0.5
+    assert ((sampled.mean(0) - after).abs() <= K_STANDARD_ERRORS * standard_error + 1e-9).all()
 
 
 @every_linear

@@ -1,8 +1,13 @@
 """What only the spike-and-slab encoder has."""
 
+import pytest
 import torch
+from torch.distributions import kl_divergence
 
 import probsae as ps
+from probsae.distributions import SpikeSlab, TiltedSpikeSlab
+from probsae.inference import objective
+from probsae.models.base import as_event
 from probsae.models.spike_slab import MAX_FILTER_NORM, max_lean, share_explained
 
 
@@ -63,3 +68,41 @@ def test_filters_that_point_away_can_come_back():
         model.W_enc.zero_()
     model.normalize_()
     assert torch.isfinite(model.W_enc).all()
+
+
+@pytest.mark.parametrize("name", ["rate_logit", "slab_mean", "log_slab_scale"])
+def test_a_former_posterior_is_held_against_the_prior_as_it_is_now(name):
+    torch.manual_seed(0)
+    model, x = ps.SpikeSlabDictionary(d_in=6, d_sae=9), 3 * torch.randn(5, 6)
+    for infer in (model.encode, model.posterior):
+        post = infer(x)
+        q = post.distribution
+        before = SpikeSlab(q.logits.clone(), q.slab.expand(q.batch_shape))
+        former = model.kl(post)
+        with torch.no_grad():
+            model.code_prior.get_parameter(name).add_(1)
+        torch.testing.assert_close(model.kl(post), kl_divergence(as_event(before), model.prior()))
+        assert not torch.allclose(model.kl(post), former)
+
+
+class OwnPosterior(ps.SpikeSlabDictionary):
+    """Tilts another law than its prior."""
+
+    def posterior(self, x):
+        q = super().posterior(x).distribution
+        prior = SpikeSlab(q.prior.logits + 1, q.prior.slab)
+        return ps.CodePosterior(TiltedSpikeSlab(prior, x @ self.W_enc, torch.ones(self.d_sae)))
+
+
+class OwnDivergence(ps.SpikeSlabDictionary):
+    def kl(self, posterior):
+        return 2 * super().kl(posterior)
+
+
+@pytest.mark.parametrize("cls", [ps.SpikeSlabDictionary, OwnPosterior, OwnDivergence])
+def test_a_step_s_divergence_is_that_of_the_hooks(cls):
+    torch.manual_seed(0)
+    model, x = cls(d_in=6, d_sae=9), 3 * torch.randn(5, 6)
+    shown = objective(model, x)
+    torch.testing.assert_close(shown.kl, model.kl(model.encode(x)).mean())
+    torch.testing.assert_close(shown.elbo, shown.log_likelihood - shown.kl)
