@@ -76,6 +76,7 @@ def run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
 
 def _run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
     log_every = max(1, fits.n_steps // 200)
+    is_shown = True
     fits.start()
     for x in itertools.islice(stream, fits.n_steps - fits.step):
         fits.prepare()
@@ -87,13 +88,16 @@ def _run(fits: Fits, stream: Iterator[Tensor], bar: tqdm) -> None:
                 return
         fits.settle()
         bar.update()
-        if fits.step % log_every == 0 or is_last:
+        is_shown = fits.step % log_every == 0 or is_last
+        if is_shown:
             fits.show(bar)
         fits.call_back()
     if fits.step < fits.n_steps:
         fits.check()  # steps since the last look
         if fits.has_stopped:
             return
+        if not is_shown:
+            fits.show(bar)
         warnings.warn(
             f"the data ended after {fits.step} of {fits.n_steps} steps, and so did the fit; "
             "pass a tensor or a store to have several passes",

@@ -54,6 +54,23 @@ def test_an_iterator_that_ends_ends_the_fit(source):
     assert result.n_tokens == 3 * 64  # whatever batch_size says: an iterator's batches are its own
 
 
+def test_a_fit_that_ends_early_has_the_history_of_its_steps(source):
+    """Also where they are fewer than lie between two points of it: 10, of 2,000 steps."""
+    batches = [source.sample(64)[0] for _ in range(15)]
+    whole = ps.fit(small_model(ps.ReLUSAE), iter(batches), **OPTIONS | {"n_steps": 15})
+    options = OPTIONS | {"n_steps": 2_000}
+    for n, steps in ((5, [5]), (10, [10]), (15, [10, 15])):
+        with pytest.warns(UserWarning, match=f"ended after {n} of 2000"):
+            alone = ps.fit(small_model(ps.ReLUSAE), iter(batches[:n]), **options).history
+        with pytest.warns(UserWarning, match=f"ended after {n} of 2000"):
+            member = ps.fit_ensemble([small_model(ps.ReLUSAE)], batches[:n], **options)[0].history
+        for history in (alone, member):
+            assert history["step"] == steps
+            assert history.keys() == whole.history.keys()
+            assert {len(values) for values in history.values()} == {len(steps)}
+            assert history["elbo"] == pytest.approx(alone["elbo"], rel=1e-3)
+
+
 def test_a_read_only_memory_map_is_read(source, tmp_path):
     np.save(tmp_path / "x.npy", source.sample(300)[0].numpy())
     x = np.load(tmp_path / "x.npy", mmap_mode="r")
