@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import TYPE_CHECKING
 
 import pyro
@@ -58,18 +59,32 @@ def _positive(weight: float | Tensor) -> float | Tensor:
 
 
 def _register_parameters(dictionary: SparseDictionary) -> None:
-    """Show Pyro the parameters, so that `SVI.step` finds them.
+    """Show Pyro the parameters, so that `SVI.step` finds them, for as long as the model is there.
 
     Pyro's store would silently replace a parameter by another model's of the same name: each
-    model has its own names, and one whose name was handed on (a deep copy) takes it over.
+    model has its own names, and one whose parameter was replaced takes the new one over.
     """
-    store = pyro.get_param_store()
+    store, prefix = pyro.get_param_store(), f"{type(dictionary).__name__}-{id(dictionary)}."
     for name, parameter in dictionary.named_parameters():
         if parameter.requires_grad:
-            name = f"{type(dictionary).__name__}-{id(dictionary)}.{name}"
-            if name in store and store._params[name] is not parameter:
+            name = prefix + name
+            if name in store and store[name].unconstrained() is not parameter:  # pyright: ignore[reportAttributeAccessIssue]
                 del store[name]
             pyro.param(name, parameter)
+    if dictionary not in _SHOWN:
+        _SHOWN.add(dictionary)
+        weakref.finalize(dictionary, _forget, prefix).atexit = False
+
+
+_SHOWN: weakref.WeakSet[SparseDictionary] = weakref.WeakSet()
+"""Models that Pyro's store will forget when they go."""
+
+
+def _forget(prefix: str) -> None:
+    """Take a model's parameters out of Pyro's store, which would hold them for good."""
+    store = pyro.get_param_store()
+    for name in [name for name in store if name.startswith(prefix)]:
+        del store[name]
 
 
 def as_event(distribution: Distribution) -> Distribution:

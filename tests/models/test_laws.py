@@ -1,8 +1,10 @@
 """Laws of every dictionary that `probsae.models` exports; a new one is tested unasked."""
 
 import copy
+import gc
 import inspect
 import warnings
+import weakref
 
 import numpy as np
 import pyro
@@ -223,6 +225,24 @@ def test_two_models_do_not_share_parameters_through_pyro():
         svi.step(x)
         assert torch.equal(other.W_dec, kept)
         assert not torch.equal(model.W_dec, start)
+
+
+@every
+def test_pyro_forgets_a_model_that_is_gone(variant):
+    pyro.clear_param_store()
+    mine = pyro.param("mine", torch.ones(2))
+    (model, x), (other, _) = build(variant), build(variant)
+    Predictive(model.model, guide=model.guide, num_samples=2)(x)
+    for each in (model, other):
+        Predictive(each.model, num_samples=2)(None, n_tokens=2)
+    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    n_trained = sum(parameter.requires_grad for parameter in other.parameters())
+    assert len(pyro.get_param_store()) == 1 + 2 * n_trained
+    each = model = None
+    gc.collect()
+    assert not any(parameter() is not None for parameter in parameters)
+    assert len(pyro.get_param_store()) == 1 + n_trained
+    assert pyro.param("mine") is mine
 
 
 @every
