@@ -199,8 +199,7 @@ def fit(
     model.to(device)
     is_closed = elbo is None and objective is None and model.has_linear_decoder
     check_hooks(model, is_sampled=not is_closed)
-    scales = FirstScales(model)
-    model.initialize_(first)
+    scales = FirstScales(model, first)
     model.n_tokens = operator.index(n_tokens or size_of(data) or n_steps * batch_size)
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
@@ -208,7 +207,7 @@ def fit(
     step = training_step(model, elbo, compile, batch_size, n_steps, objective)
     with seeded(seed, device), products_in(model, precision):
         model.train()
-        single = _SingleFit(state, step, schedule, learning_rate, callbacks)
+        single = _SingleFit(state, step, schedule, learning_rate, callbacks, scales)
         try:
             if resume is not None:
                 load_checkpoint(resume, state)
@@ -236,9 +235,10 @@ class _SingleFit(Fits):
         schedule: Schedule,
         learning_rate: float,
         callbacks: list[Callback],
+        scales: FirstScales,
     ):
         self.state, self.take_gradient, self.schedule = state, step, schedule
-        self.learning_rate, self.callbacks = learning_rate, callbacks
+        self.learning_rate, self.callbacks, self.scales = learning_rate, callbacks, scales
         self.n_steps, self.device = state.n_steps, state.device
         self.kl_weight = torch.ones((), device=state.device)
         self.guard = FiniteGuard(state)
@@ -272,6 +272,7 @@ class _SingleFit(Fits):
 
     def check(self) -> None:
         self.guard.check()
+        self.scales.forget()
 
     def settle(self) -> None:
         self.state.model.normalize_()

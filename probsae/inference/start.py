@@ -184,23 +184,40 @@ def open_data(
 
 
 class FirstScales:
-    """What a model had before `initialize_`, for a fit that ends before its first step.
+    """Give a model its location and scales, for a fit that may end before its first step.
 
     Parameters
     ----------
     model : SparseDictionary
-        About to be given its location and scales.
+        One that was never fitted; another one is left alone.
+    first : Tensor, shape (token, d_in)
+        The fit's first tokens.
     """
 
-    def __init__(self, model: SparseDictionary):
-        self.model = model
-        self.was_initialized, self.floor = bool(model.is_initialized), model.noise_floor.clone()
+    def __init__(self, model: SparseDictionary, first: Tensor):
+        self.model, self.n_tokens = model, model.n_tokens
+        self._before: dict[str, Tensor] = {}
+        if bool(model.is_initialized):
+            return
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        try:
+            model.initialize_(first)
+        except BaseException:
+            model.load_state_dict(before)
+            raise
+        after = model.state_dict()
+        self._before = {n: v for n, v in before.items() if not torch.equal(v, after[n])}
 
     def undo(self) -> None:
-        """Leave location and scales to the next fit's data."""
-        if not self.was_initialized:
-            self.model.is_initialized.fill_(False)
-            self.model.noise_floor.copy_(self.floor)
+        """Leave location and scales to the next fit's data: the model is what it was."""
+        self.model.n_tokens = self.n_tokens
+        tensors = self.model.state_dict()
+        for name, value in self._before.items():
+            tensors[name].copy_(value)
+
+    def forget(self) -> None:
+        """Let go of what the model had: a step was taken."""
+        self._before = {}
 
 
 def adam(model: SparseDictionary, unit: float) -> torch.optim.Adam:

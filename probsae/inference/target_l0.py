@@ -84,15 +84,15 @@ class TargetL0(Callback):
     def on_step(self, state: FitState) -> None:
         assert state.objective is not None
         assert state.batch is not None
-        model = state.model
+        assert state.is_bad is not None
+        model, is_bad = state.model, state.is_bad > 0
         if state.step == 1:
             deviation = limit_norms(state.batch - model.b_dec).square().mean().sqrt()
-            _scale_noise(state, _INITIAL_NOISE * deviation / model.noise_scale)
-        assert state.is_bad is not None
+            first = _INITIAL_NOISE * deviation / model.noise_scale
+            _scale_noise(state, torch.where(is_bad, 1.0, first))
         target = self._target_at(state.step / state.n_steps)
         shift = math.log(target) - self._rate_logit.sigmoid().sum().log()
         factor = (_GAIN * _log_error(state.objective.l0, target)).exp()
-        is_bad = state.is_bad > 0
         self._rate_logit.add_(torch.where(is_bad, 0.0, shift))
         _scale_noise(state, torch.where(is_bad, 1.0, factor))
 

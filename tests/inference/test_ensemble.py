@@ -238,15 +238,29 @@ def test_callbacks_hear_of_failures_and_interrupts(source):
 
 def test_an_ensemble_that_never_began_leaves_the_scales_to_the_next(source):
     models = build(ps.ReLUSAE, [{}, {}]) + build(ps.RectifiedGaussianDictionary, [{}])
-    floor = float(models[2].noise_floor)
+    before = copy.deepcopy([model.state_dict() for model in models])
+
+    def assert_unchanged():
+        for model, state in zip(models, before, strict=True):
+            assert model.n_tokens is None
+            for name, value in model.state_dict().items():
+                assert torch.equal(value, state[name]), name
+
     steering = [[], [], [TargetL0(3)]]  # which learns no noise
     with pytest.raises(ValueError, match="learn_noise=False"):
         ps.fit_ensemble(models, 1e3 + source.sample(500)[0], callbacks=steering, **OPTIONS)
-    assert not any(bool(model.is_initialized) for model in models)
-    assert float(models[2].noise_floor) == floor
+    assert_unchanged()
     with pytest.raises(MemoryError):
         ps.fit_ensemble(models, source, memory=1, **OPTIONS)
-    assert not any(bool(model.is_initialized) for model in models)
+    assert_unchanged()
+    models = build(ps.ReLUSAE, [{}, {"l1_coefficient": 1e308}])
+    before = copy.deepcopy(models[1].state_dict())
+    with pytest.warns(DivergedMemberWarning, match="step 1:"):
+        results = ps.fit_ensemble(models, source, **OPTIONS)
+    assert [result.n_steps for result in results] == [N_STEPS, 0]
+    for name, value in models[1].state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert bool(models[0].is_initialized)
 
 
 class NoHostWaits(TorchDispatchMode):

@@ -186,18 +186,89 @@ def _start_counting(self, state):
     self.last_fired = torch.full((state.model.d_sae,), state.step, device=state.device)
 
 
-def test_a_fit_that_never_began_leaves_the_scales_to_the_next(source):
-    model = ps.SpikeSlabDictionary(8, 12)
-    floor = float(model.noise_floor)
-    with pytest.raises(ValueError, match="learn_noise=False"):
-        ps.fit(model, 1e3 + source.sample(500)[0], **OPTIONS, callbacks=[TargetL0(3)])
-    assert not bool(model.is_initialized)
-    assert float(model.noise_floor) == floor
-    other = ps.SpikeSlabDictionary(8, 12)
-    other.load_state_dict(model.state_dict())
+class FailsAtStart(Callback):
+    def on_start(self, state):
+        raise ValueError("at the start")
+
+
+def not_a_number(model, x, kl_weight):
+    shown = objective(model, x, kl_weight)
+    return shown._replace(loss=torch.nan * shown.loss)
+
+
+def assert_equal(model, before):
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        ps.SpikeSlabDictionary,
+        ps.RectifiedGaussianDictionary,
+        ps.LaplaceDictionary,
+        ps.SparseVAE,
+        ps.ReLUSAE,
+        ps.GatedSAE,
+    ],
+)
+def test_a_fit_that_never_began_leaves_the_scales_to_the_next(source, cls):
+    model, again = small_model(cls), small_model(cls)
+    before = copy.deepcopy(model.state_dict())
+    x = 1e3 + source.sample(500)[0]
+    with pytest.raises(ValueError, match="at the start"):
+        ps.fit(model, x, **OPTIONS, callbacks=[FailsAtStart()])
+    assert_equal(model, before)
+    with pytest.raises(NonFiniteElboError, match=r"step 1: .*step 0"):
+        ps.fit(model, x, **OPTIONS, objective=not_a_number)
+    assert_equal(model, before)
+    assert model.n_tokens is None
+    for each in (model, again):
+        ps.fit(each, source, **OPTIONS | {"n_steps": 3})
+    assert_equal(model, again.state_dict())
+
+
+def test_scales_that_cannot_be_found_change_nothing(source):
+    model = small_model(ps.ReLUSAE)
+    before = copy.deepcopy(model.state_dict())
+    too_large = torch.full((500, 8), 1e30)  # finite, but not their squares
+    with pytest.raises(ValueError, match="finite"):
+        ps.fit(model, too_large, **OPTIONS)
+    assert_equal(model, before)
+
+
+def test_a_fit_that_goes_on_and_fails_at_once_changes_nothing(source):
+    model = small_model()
+    ps.fit(model, source, **OPTIONS | {"n_steps": 3})
+    before, n_tokens = copy.deepcopy(model.state_dict()), model.n_tokens
+    with pytest.raises(ValueError, match="at the start"):
+        ps.fit(model, 1e3 * source.sample(500)[0], **OPTIONS, callbacks=[FailsAtStart()])
+    assert_equal(model, before)
+    assert model.n_tokens == n_tokens
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ps.fit(model, source, **OPTIONS, resume="nowhere")
-    assert all(torch.equal(a, other.state_dict()[n]) for n, a in model.state_dict().items())
+    assert_equal(model, before)
+
+
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_where_looking_is_rare_a_bad_first_step_changes_nothing(source, monkeypatch, is_fitted):
+    """Neither do callbacks that act after it, before the host has looked."""
+    model, good = small_model(learn_noise=False), source.sample(32)[0]
+    if is_fitted:
+        ps.fit(model, source, **OPTIONS | {"n_steps": 3})
+    before = copy.deepcopy(model.state_dict())
+    somewhere_else = property(lambda self: torch.device("meta"), lambda self, value: None)
+    monkeypatch.setattr(_SingleFit, "device", somewhere_else, raising=False)
+    bad = good.clone()
+    bad[5, 2] = 1e30
+    with pytest.raises(NonFiniteElboError, match=r"step 1: .*step 0"):
+        ps.fit(
+            model, iter([bad] + [good] * 20), **OPTIONS | {"batch_size": 4096},
+            callbacks=[TargetL0(3)],
+        )  # fmt: skip
+    for name, value in model.state_dict().items():
+        # Rows that are normalised again change in the last bit.
+        torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_every_callback_hears_of_a_failure(source):

@@ -67,7 +67,9 @@ class EnsembleFits(Fits):
         for group in self.groups:
             is_alive = group.guard.is_alive.tolist()
             for i, member in enumerate(group.members):
-                if not is_alive[i] and member.failure is None:
+                if is_alive[i]:
+                    member.scales.forget()
+                elif member.failure is None:
                     self._stop(group, i, member)
         self.has_stopped = not self._running()
 

@@ -75,11 +75,10 @@ def fit_stacked(wishes: Sequence[Wish], setup: Setup, memory: float | None) -> d
     members = [_member(wish, setup, first) for wish in wishes]
     try:
         _run_all(members, stream, setup, budget(setup.device, memory), wishes)
-    except BaseException:
+    finally:
         for member in members:
             if member.state.step == 0:
                 member.scales.undo()
-        raise
     return {member.index: _result(member, setup) for member in members}
 
 
@@ -125,8 +124,7 @@ def _open(setup: Setup, wishes: Sequence[Wish]) -> tuple[Tensor, Iterator[Tensor
 def _member(wish: Wish, setup: Setup, first: Tensor) -> Member:
     """Prepare a model exactly as `fit` does."""
     model = wish.model.to(setup.device)
-    scales = FirstScales(model)
-    model.initialize_(first)
+    scales = FirstScales(model, first)
     model.n_tokens = setup.n_tokens or size_of(setup.data) or setup.n_steps * setup.batch_size
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, setup.data, setup.n_steps, setup.device, setup.seed)
