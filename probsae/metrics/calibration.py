@@ -26,7 +26,35 @@ BAND = (0.02, 0.98)
 def brier(
     p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> float:
-    """Mean squared difference of probability and event; in [0, 1], lower is better."""
+    """Mean squared difference of probability and event, mean (p - e)^2.
+
+    Parameters
+    ----------
+    p_active : tensor or array, shape (token, pair)
+        Stated probabilities of matched features.
+    is_true : tensor or array, shape (token, pair)
+        Whether each came true; codes count as true where they are not zero.
+
+    Returns
+    -------
+    float
+        In [0, 1], lower is better; that of knowing only the base rate r is r (1 - r).
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or a probability is NaN.
+
+    Notes
+    -----
+    Source: Brier (1950), "Verification of forecasts expressed in terms of probability"; half his
+    score, which sums over both outcomes.
+
+    Examples
+    --------
+    >>> brier(torch.tensor([[0.5, 1.0]]), torch.tensor([[True, True]]))
+    0.125
+    """
     p, event = _pairs(p_active, is_true)
     return float((p - event.double()).square().mean())
 
@@ -34,7 +62,23 @@ def brier(
 def brier_ratio(
     p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> float:
-    """Brier score over that of the constant base rate; 1 is knowing the base rate, 0 the truth."""
+    """Brier score over that of the constant base rate r, brier / (r (1 - r)).
+
+    Parameters
+    ----------
+    p_active, is_true
+        See `brier`.
+
+    Returns
+    -------
+    float
+        Lower is better: 0 is knowing the truth, 1 no better than knowing the base rate.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, a probability is NaN, or the truth is all active or all inactive.
+    """
     _, event = _pairs(p_active, is_true)
     rate = float(event.double().mean())
     if not 0 < rate < 1:
@@ -45,7 +89,27 @@ def brier_ratio(
 def log_score_per_positive(
     p_active: Float[ArrayLike, "token pair"], is_true: Bool[ArrayLike, "token pair"]
 ) -> float:
-    """Log-probability of all events over the number of active codes; nats, higher is better."""
+    """Log-probability of all events over the number of active codes.
+
+    sum log(p where active, 1 - p elsewhere) / n_active. Most codes are inactive and easily told, so
+    a mean over all of them would be close to 0 for anyone.
+
+    Parameters
+    ----------
+    p_active, is_true
+        See `brier`. Probabilities are cut to [1e-7, 1 - 1e-7], since float32 may have rounded them
+        to 0 or 1.
+
+    Returns
+    -------
+    float
+        Nats for each active code, at most 0; higher is better.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, a probability is NaN, or no code is active.
+    """
     p, event = _pairs(p_active, is_true)
     n_positive = int(event.sum())
     if n_positive == 0:
@@ -73,7 +137,41 @@ def reliability(
     n_bins: int = 10,
     band: tuple[float, float] = (0.0, 1.0),
 ) -> Reliability:
-    """Compare stated with observed frequency in `n_bins` equal bins of the probability."""
+    """Compare stated with observed frequency in `n_bins` equal bins of the probability.
+
+    Parameters
+    ----------
+    p_active, is_true
+        See `brier`.
+    n_bins : int, default 10
+        Bins of equal width that `band` is cut into.
+    band : (float, float), default (0, 1)
+        Codes with a probability outside are left out; both ends belong to it.
+
+    Returns
+    -------
+    Reliability
+        In double precision, without empty bins: a true posterior has `predicted` within `lower` and
+        `upper` in 95% of the bins, were codes independent.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, a probability is NaN, `n_bins` is below 1, or the band is not within
+        [0, 1].
+
+    Notes
+    -----
+    Source of the interval: Clopper and Pearson (1934), "The use of confidence or fiducial limits
+    illustrated in the case of the binomial".
+
+    Examples
+    --------
+    >>> p, event = torch.tensor([[0.1, 0.8, 0.9]]), torch.tensor([[False, True, True]])
+    >>> bins = reliability(p, event, n_bins=2)
+    >>> bins.count.tolist(), bins.observed.tolist()
+    ([1, 2], [0.0, 1.0])
+    """
     if n_bins < 1 or not 0 <= band[0] < band[1] <= 1:
         raise ValueError(f"need n_bins >= 1 and 0 <= low < high <= 1, got {n_bins} and {band}")
     p, event = (values.flatten() for values in _pairs(p_active, is_true))
@@ -98,10 +196,28 @@ def band_ece(
     n_bins: int = 10,
     band: tuple[float, float] = BAND,
 ) -> float:
-    """Expected calibration error of probabilities inside `band`; in [0, 1], lower is better.
+    """Expected calibration error of probabilities inside `band`.
 
-    Mean over codes in the band of |stated - observed| in their bin. NaN where the band is empty,
-    as for a point posterior.
+    Mean over codes in the band of |stated - observed| in their bin. Outside it lie the codes that
+    anyone calls inactive, which would bring the mean close to 0.
+
+    Parameters
+    ----------
+    p_active, is_true, n_bins
+        See `reliability`.
+    band : (float, float), default (.02, .98)
+        Probabilities that count, ends included.
+
+    Returns
+    -------
+    float
+        In [0, 1], lower is better; above 0 for a true posterior too, by the noise of its bins. NaN
+        where the band is empty, as for a point posterior.
+
+    Raises
+    ------
+    ValueError
+        As for `reliability`.
     """
     bins = reliability(p_active, is_true, n_bins, band)
     if len(bins.count) == 0:

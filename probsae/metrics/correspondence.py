@@ -32,6 +32,11 @@ class CrossCorrelation:
     def add(self, a: Float[Tensor, "token first"], b: Float[Tensor, "_ second"]) -> None:
         """Take codes of the same tokens into account.
 
+        Parameters
+        ----------
+        a, b : Tensors, shapes (token, first) and (token, second)
+            Codes of one batch; at least one token.
+
         Raises
         ------
         ValueError
@@ -65,9 +70,13 @@ class CrossCorrelation:
         self.n_tokens = total
 
     def value(self) -> Float[Tensor, "first second"]:
-        """Return the correlations; 0 where a feature is constant, and so tells nothing.
+        """Return the correlations over all tokens so far.
 
-        NaN where one has codes that are not finite.
+        Returns
+        -------
+        Tensor, shape (first, second)
+            In [-1, 1], single precision; 0 where a feature is constant, and so tells nothing; NaN
+            where one has codes that are not finite.
 
         Raises
         ------

@@ -27,7 +27,29 @@ def interval_coverage(
     z: Float[Tensor, "token pair"],
     where: Bool[Tensor, "token pair"] | None = None,
 ) -> float:
-    """Share of true codes inside their interval; `where` restricts it, say to active codes."""
+    """Share of true codes inside their interval, ends included.
+
+    Parameters
+    ----------
+    lower, upper : Tensors, shape (token, pair)
+        Ends of the intervals, units of the activations.
+    z : Tensor, shape (token, pair)
+        True codes.
+    where : Tensor of bool, shape (token, pair), optional
+        Codes to count, say the active ones; all of them where None.
+
+    Returns
+    -------
+    float
+        In [0, 1]; best at the intervals' level, below it they are over-confident. NaN where there
+        is no code to count.
+
+    Examples
+    --------
+    >>> z = torch.tensor([[0.0, 2.0]])
+    >>> interval_coverage(z - 1, torch.ones(1, 2), z)
+    0.5
+    """
     is_inside = (z >= lower) & (z <= upper)
     if where is not None:
         is_inside = is_inside[where]
@@ -39,7 +61,21 @@ def mean_interval_width(
     upper: Float[Tensor, "token pair"],
     where: Bool[Tensor, "token pair"] | None = None,
 ) -> float:
-    """Mean of upper - lower, units of the activations; `where` restricts it."""
+    """Mean of upper - lower.
+
+    Parameters
+    ----------
+    lower, upper : Tensors, shape (token, pair)
+        Ends of the intervals, units of the activations.
+    where : Tensor of bool, shape (token, pair), optional
+        Intervals to count, say those of active codes; all of them where None.
+
+    Returns
+    -------
+    float
+        Units of the activations; lower is better among intervals of one coverage. NaN where there
+        is none to count.
+    """
     width = upper - lower
     if where is not None:
         width = width[where]
@@ -64,7 +100,13 @@ class Coverage(NamedTuple):
     n_active: int
 
     def standard_error(self) -> Float[Tensor, " level"]:
-        """Binomial standard error of `given_active` were it at its level, codes independent."""
+        """Binomial standard error of `given_active`, were it at its level and codes independent.
+
+        Returns
+        -------
+        Tensor, shape (level,)
+            A share; with no active code, as for one.
+        """
         return (self.level * (1 - self.level) / max(self.n_active, 1)).sqrt()
 
 
@@ -93,6 +135,12 @@ def code_coverage(
         Learned feature of each pair, `Match.learned`; all features in order where None.
     levels : sequence of float, default (.5, .8, .9, .95)
         Nominal levels.
+
+    Returns
+    -------
+    Coverage
+        Shares beside the nominal levels, in double precision. `given_active` is best at its level;
+        `all_codes` at or above it.
 
     Raises
     ------
@@ -143,6 +191,11 @@ def code_pit(
         See `code_coverage`.
     seed : int, default 0
         Of v.
+
+    Returns
+    -------
+    Tensor, shape (token, pair)
+        In [0, 1]; `pit_uniformity` tests that it is uniform.
 
     Raises
     ------

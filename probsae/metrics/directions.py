@@ -69,6 +69,12 @@ def direction_calibration(
     level : float, default 0.9
         Of the interval.
 
+    Returns
+    -------
+    DirectionCalibration
+        Of the kept pairs, on the CPU. Best at `median_ratio` 1 and `coverage` equal to `level`;
+        `spearman` better high. With no pair kept the two and `spearman` are NaN.
+
     Raises
     ------
     ValueError
@@ -121,6 +127,17 @@ def bad_feature_auroc(
         See `direction_calibration`; select living features first, dead ones are trivially bad.
     firing_rate : Tensor, shape (d_sae,)
         Share of tokens on which each learned feature is active.
+
+    Returns
+    -------
+    DoubtScore
+        AUROC of the variance, higher is better and .5 by chance, beside that of minus the firing
+        rate; NaN where all features are bad or none is.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or a variance is not positive.
     """
     _check_variance(directions, direction_variance)
     is_bad = max_cosines(features, directions) < threshold

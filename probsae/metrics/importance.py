@@ -52,6 +52,11 @@ def log_importance_ratios(
     seed : int, default 0
         Of the draws.
 
+    Returns
+    -------
+    Tensor, shape (draw, token)
+        Nats, double precision. Their mean over draws is the ELBO; the less they vary, the better q.
+
     Raises
     ------
     TypeError
@@ -124,10 +129,20 @@ def importance_diagnostics(
     model, x, posterior, n_draws, seed
         See `log_importance_ratios`. k-hat needs 25 draws; its own spread falls slowly with them.
 
+    Returns
+    -------
+    ImportanceDiagnostics
+        Shape (token,) each; a lower `k_hat` is better, a higher bound is nearer to log p(x).
+
     Warns
     -----
     KHatWarning
         If k-hat is above .7 for more than 5% of the tokens.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `log_importance_ratios`.
 
     Notes
     -----

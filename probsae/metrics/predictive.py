@@ -57,6 +57,11 @@ def residual_check(
     seed : int, default 0
         Of the codes.
 
+    Returns
+    -------
+    ResidualCheck
+        Chi-squares and transforms, in double precision; `pit_uniformity` tests the latter.
+
     Raises
     ------
     ValueError

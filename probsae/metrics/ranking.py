@@ -13,7 +13,17 @@ from torch import Tensor
 def auroc(score: Float[Tensor, " item"], is_positive: Bool[Tensor, " item"]) -> float:
     """Return the probability that a positive item scores above a negative one, ties a half.
 
-    In [0, 1], higher is better; .5 by chance. NaN where there are no positives or no negatives.
+    Parameters
+    ----------
+    score : Tensor, shape (item,)
+        Higher is more positive.
+    is_positive : Tensor of bool, shape (item,)
+        What is to be told.
+
+    Returns
+    -------
+    float
+        In [0, 1], higher is better; .5 by chance. NaN where there are no positives or no negatives.
 
     Raises
     ------
@@ -70,6 +80,16 @@ def score_doubt(
         What is to be told.
     firing_rate : Tensor, shape (feature,)
         Share of tokens on which each feature is active.
+
+    Returns
+    -------
+    DoubtScore
+        Both AUROCs and the share of bad features. A doubt is of use where it beats the baseline.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or a doubt or rate is NaN.
     """
     return DoubtScore(
         auroc(doubt, is_bad), auroc(-firing_rate, is_bad), float(is_bad.double().mean())

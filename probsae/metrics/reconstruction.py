@@ -9,21 +9,56 @@ from probsae.metrics.arrays import ArrayLike, as_tensor
 
 
 def mse(x: Float[ArrayLike, "token d_in"], x_hat: Float[ArrayLike, "token d_in"]) -> float:
-    """Squared error summed over d_in, mean over tokens; squared units of x, lower is better."""
+    """Squared error summed over d_in, mean over tokens.
+
+    Parameters
+    ----------
+    x : tensor or array, shape (token, d_in)
+        Activations.
+    x_hat : tensor or array, shape (token, d_in)
+        Their reconstruction, in the same units.
+
+    Returns
+    -------
+    float
+        Squared units of the activations, lower is better.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+    """
     x, x_hat = _checked(x, x_hat)
     return float((x - x_hat).square().sum(-1).double().mean())
 
 
 def fvu(x: Float[ArrayLike, "token d_in"], x_hat: Float[ArrayLike, "token d_in"]) -> float:
-    """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean x|^2; lower is better.
+    """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean x|^2.
 
-    Both sums run over all tokens and dimensions. 1 is what the mean alone achieves; explained
-    variance is 1 - fvu.
+    Both sums run over all tokens and dimensions.
+
+    Parameters
+    ----------
+    x : tensor or array, shape (token, d_in)
+        Activations.
+    x_hat : tensor or array, shape (token, d_in)
+        Their reconstruction, in the same units.
+
+    Returns
+    -------
+    float
+        At least 0, lower is better: 1 is what the mean alone achieves, 1 - fvu the share explained.
 
     Raises
     ------
     ValueError
         If the shapes differ, or all tokens are equal: there is no variance to explain.
+
+    Examples
+    --------
+    >>> import torch
+    >>> fvu(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0]]))
+    1.0
     """
     x, x_hat = _checked(x, x_hat)
     total = (x - x.mean(dim=0)).square().double().sum()

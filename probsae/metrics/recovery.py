@@ -32,10 +32,17 @@ def max_cosines(learned: ArrayLike, true: ArrayLike) -> Float[Tensor, " feature"
     true : tensor or array, shape (feature, d_in)
         True directions, of any norm.
 
+    Returns
+    -------
+    Tensor, shape (feature,)
+        In [-1, 1], higher is better; single precision, on the device of `learned`.
+
     Raises
     ------
     ValueError
         If the widths differ, or one of them has no rows.
+    TypeError
+        If a dictionary came in place of its directions.
     """
     return nearest_features(learned, true).cosine
 
@@ -52,7 +59,25 @@ class Nearest(NamedTuple):
 def nearest_features(learned: ArrayLike, true: ArrayLike) -> Nearest:
     """Return, for each true feature, its largest cosine with a learned one, and which that is.
 
-    Parameters, errors: as for `max_cosines`.
+    Parameters
+    ----------
+    learned, true
+        See `max_cosines`.
+
+    Returns
+    -------
+    Nearest
+        Cosines, in [-1, 1], and rows of `learned`, on its device.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `max_cosines`.
+
+    Examples
+    --------
+    >>> nearest_features(torch.eye(3)[[2, 0]], torch.eye(3)[:1]).learned.tolist()
+    [1]
     """
     learned, true = _unit_rows(learned, true)
     parts = [(rows @ learned.T).max(dim=1) for rows in true.split(_CHUNK)]
@@ -60,10 +85,27 @@ def nearest_features(learned: ArrayLike, true: ArrayLike) -> Nearest:
 
 
 def mmcs(learned: ArrayLike, true: ArrayLike) -> float:
-    """Mean over TRUE features of the largest cosine with a learned one: recall-like, in [-1, 1].
+    """Mean over TRUE features of the largest cosine with a learned one: recall-like.
 
-    Source: Sharkey, Braun and Millidge (2022). The name is also used for the mean over learned
-    features, here `mmcs_precision`.
+    Parameters
+    ----------
+    learned, true
+        See `max_cosines`.
+
+    Returns
+    -------
+    float
+        In [-1, 1], higher is better, 1 where every true feature is found; `chance_level` by chance.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `max_cosines`.
+
+    Notes
+    -----
+    Source: Sharkey, Braun and Millidge (2022), "Taking features out of superposition with sparse
+    autoencoders". The name is also used for the mean over learned features, here `mmcs_precision`.
 
     Examples
     --------
@@ -74,12 +116,51 @@ def mmcs(learned: ArrayLike, true: ArrayLike) -> float:
 
 
 def mmcs_precision(learned: ArrayLike, true: ArrayLike) -> float:
-    """Mean over LEARNED features of the largest cosine with a true one: precision-like."""
+    """Mean over LEARNED features of the largest cosine with a true one: precision-like.
+
+    Parameters
+    ----------
+    learned, true
+        See `max_cosines`.
+
+    Returns
+    -------
+    float
+        In [-1, 1], higher is better, 1 where every learned feature is a true one.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `max_cosines`.
+
+    Examples
+    --------
+    >>> mmcs_precision(torch.eye(4), torch.eye(4)[:2])
+    0.5
+    """
     return float(max_cosines(true, learned).mean())
 
 
 def share_recovered(learned: ArrayLike, true: ArrayLike, threshold: float = 0.9) -> float:
-    """Share of true features with a learned one at a cosine above `threshold`."""
+    """Share of true features with a learned one at a cosine above `threshold`.
+
+    Parameters
+    ----------
+    learned, true
+        See `max_cosines`.
+    threshold : float, default 0.9
+        Cosine above which a feature counts as found.
+
+    Returns
+    -------
+    float
+        In [0, 1], higher is better.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `max_cosines`.
+    """
     return float((max_cosines(learned, true) > threshold).double().mean())
 
 
@@ -94,7 +175,7 @@ class Match(NamedTuple):
     """Cosine of the two."""
 
     def above(self, threshold: float) -> Match:
-        """Keep the pairs whose cosine is above `threshold`."""
+        """Keep the pairs whose cosine is above `threshold`; other features are unmatched then."""
         keep = self.cosine > threshold
         return Match(self.learned[keep], self.true[keep], self.cosine[keep])
 
@@ -102,7 +183,28 @@ class Match(NamedTuple):
 def match_features(learned: ArrayLike, true: ArrayLike) -> Match:
     """Assign learned to true features one to one, with the largest sum of cosines (Hungarian).
 
-    Where the dictionaries differ in size, the smaller one is matched completely.
+    Where the dictionaries differ in size, the smaller one is matched completely; `Match.above`
+    drops the pairs that are no match.
+
+    Parameters
+    ----------
+    learned, true
+        See `max_cosines`.
+
+    Returns
+    -------
+    Match
+        A pair for each feature of the smaller dictionary, in the true ones' order; on the CPU.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `max_cosines`.
+
+    Examples
+    --------
+    >>> match_features(torch.eye(3)[[2, 0, 1]], torch.eye(3)[:2]).learned.tolist()
+    [1, 2]
     """
     learned, true = _unit_rows(learned, true)
     cosine = (true @ learned.T).cpu().numpy()
@@ -120,12 +222,37 @@ def match_features(learned: ArrayLike, true: ArrayLike) -> Match:
 
 
 def mcc(learned: ArrayLike, true: ArrayLike) -> float:
-    """Mean cosine of the Hungarian assignment, over the smaller dictionary's features."""
+    """Mean cosine of the Hungarian assignment, over the smaller dictionary's features.
+
+    Parameters
+    ----------
+    learned, true
+        See `max_cosines`.
+
+    Returns
+    -------
+    float
+        In [-1, 1], higher is better. Unlike `mmcs`, no learned feature counts for two true ones;
+        surplus ones of the larger dictionary cost nothing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `max_cosines`.
+
+    Examples
+    --------
+    >>> mcc(torch.eye(3)[:2], torch.eye(3))
+    1.0
+    """
     return float(match_features(learned, true).cosine.mean())
 
 
 class SupportScores(NamedTuple):
-    """How well predicted supports agree with true ones, pooled over tokens and features."""
+    """How well predicted supports agree with true ones, pooled over tokens and features.
+
+    Each is in [0, 1], higher is better.
+    """
 
     precision: float
     recall: float
@@ -137,8 +264,32 @@ def support_scores(
 ) -> SupportScores:
     """Compare supports of features already matched to each other, column by column.
 
-    Unmatched true features are the caller's to keep: a column of False in `is_active` counts
-    their misses.
+    Hits, predictions and active codes are counted over all tokens and features together.
+
+    Parameters
+    ----------
+    is_active : tensor or array of bool, shape (token, pair)
+        Predicted supports, `p_active > .5` say. A column of False for each unmatched true feature
+        counts its misses.
+    is_true : tensor or array, shape (token, pair)
+        True supports; codes count as active where they are not zero.
+
+    Returns
+    -------
+    SupportScores
+        Precision is 0 where nothing is predicted, recall where nothing is active. `support_chance`
+        is the level of knowing nothing.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> is_active = torch.tensor([[True, True], [False, False]])
+    >>> support_scores(is_active, torch.tensor([[True, False], [True, False]]))
+    SupportScores(precision=0.5, recall=0.5, f1=0.5)
     """
     is_active, is_true = as_tensor(is_active), as_tensor(is_true).bool()
     if is_active.shape != is_true.shape:
@@ -158,7 +309,23 @@ def support_chance(is_true: Bool[ArrayLike, "token pair"], n_missing: int = 0) -
 
     Of all predictions that do not look at the token, calling a share q of all codes active has
     precision r, the base rate, and recall q, so that q = 1 has the largest F1, 2 r / (1 + r).
-    `n_missing` counts active true codes of features that have no column.
+
+    Parameters
+    ----------
+    is_true : tensor or array, shape (token, pair)
+        True supports; codes count as active where they are not zero.
+    n_missing : int, default 0
+        Active true codes of features that have no column.
+
+    Returns
+    -------
+    SupportScores
+        What `support_scores` is to be compared with.
+
+    Examples
+    --------
+    >>> support_chance(torch.tensor([[True, False, False, False]])).precision
+    0.25
     """
     is_true = as_tensor(is_true).bool()
     n_hits = int(is_true.sum())
@@ -175,8 +342,30 @@ def best_threshold_f1(
     """Return the largest F1 of `score > threshold` over all thresholds at least 0, and that one.
 
     A deterministic SAE has no probability to cut at one half; this grants it the best cut on the
-    size of its codes, found with the truth in hand. `n_missing` counts active true codes of
-    features that have no column: no threshold finds them.
+    size of its codes, found with the truth in hand.
+
+    Parameters
+    ----------
+    score : tensor or array, shape (token, pair)
+        Codes or probabilities of matched features; higher means more likely active.
+    is_true : tensor or array, shape (token, pair)
+        True supports; codes count as active where they are not zero.
+    n_missing : int, default 0
+        Active true codes of features that have no column: no threshold finds them.
+
+    Returns
+    -------
+    f1 : float
+        In [0, 1], higher is better.
+    threshold : float
+        Half-way to the next lower score, or to 0, in the units of `score`. Both are 0 where no
+        score is positive or no code active.
+
+    Examples
+    --------
+    >>> score = torch.tensor([[0.25, 0.5, 1.0]])
+    >>> best_threshold_f1(score, torch.tensor([[False, False, True]]))
+    (1.0, 0.75)
     """
     score, is_true = as_tensor(score), as_tensor(is_true).bool()
     n_true = int(is_true.sum()) + n_missing
@@ -217,13 +406,14 @@ def chance_level(n_learned: int, n_true: int, d_in: int, seed: int = 0) -> dict[
     ----------
     n_learned, n_true, d_in : int
         Sizes of the two dictionaries.
-    seed : int
+    seed : int, default 0
         Of both.
 
     Returns
     -------
-    dict
-        `mmcs`, `mmcs_precision`, `mcc`, `share_recovered`. That of supports is `support_chance`.
+    dict of str to float
+        `mmcs`, `mmcs_precision`, `mcc`, `share_recovered` (at .9), by one draw. That of supports is
+        `support_chance`.
     """
     return dict(_chance(n_learned, n_true, d_in, seed))
 

@@ -35,6 +35,16 @@ def simulation_ranks(
     seed : int, default 0
         Of the ties.
 
+    Returns
+    -------
+    Tensor of ints, shape (token, quantity)
+        In 0 ... n_draws; `rank_uniformity` tests them.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+
     Notes
     -----
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018), "Validating Bayesian inference
@@ -113,5 +123,16 @@ def sbc_ranks(
 
 
 def active_count(z: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch 1"]:
-    """Return |z|_0, the number of active codes, as a functional for `sbc_ranks`."""
+    """Return |z|_0, the number of active codes, as a functional for `sbc_ranks`.
+
+    Parameters
+    ----------
+    z : Tensor, shape (..., d_sae)
+        Codes.
+
+    Returns
+    -------
+    Tensor, shape (..., 1)
+        Counts, in the dtype of the codes.
+    """
     return (z != 0).sum(-1, keepdim=True).to(z.dtype)

@@ -38,7 +38,18 @@ class Families(NamedTuple):
         return int((self.parent < 0).sum())
 
     def children(self, parent: int) -> Int[Tensor, " member"]:
-        """Return one family, the nearest child first."""
+        """Return one family, the nearest child first.
+
+        Parameters
+        ----------
+        parent : int
+            Feature of the narrower dictionary.
+
+        Returns
+        -------
+        Tensor of ints, shape (member,)
+            Features of the wider dictionary; empty for a childless parent.
+        """
         members = (self.parent == parent).nonzero()[:, 0]
         return members[self.similarity[members].argsort(descending=True, stable=True)]
 
@@ -61,6 +72,11 @@ def families(
     threshold : float, default 0.5
         Similarity that a child must exceed: nearer to its parent than to anything at a right
         angle to it, by direction within 60 degrees.
+
+    Returns
+    -------
+    Families
+        Each child's parent, or -1, and the size of each parent's family.
 
     Raises
     ------
@@ -94,9 +110,18 @@ def families(
 
 
 def share_same_parent(first: Families, second: Families) -> float:
-    """Share of the children with a parent in both groupings that have the same one; in [0, 1].
+    """Share of the children with a parent in both groupings that have the same one.
 
-    NaN where no child has a parent in both. By chance it is about one over the number of parents.
+    Parameters
+    ----------
+    first, second : Families
+        Of the same children under the same parents: by direction and by activation, say.
+
+    Returns
+    -------
+    float
+        In [0, 1], higher is better agreement; by chance about one over the number of parents. NaN
+        where no child has a parent in both.
 
     Raises
     ------
@@ -140,6 +165,11 @@ def family_posterior(
         `DictionaryPosterior.sample(n)` of each, as many of both; the means are their averages.
     threshold : float, default 0.5
         As for `families`.
+
+    Returns
+    -------
+    FamilyPosterior
+        Families of the means, how sure each child's parent is, and counts for each draw.
 
     Raises
     ------
@@ -192,6 +222,16 @@ def chance_cosines(
         How many to draw.
     seed : int, default 0
         Of the draws.
+
+    Returns
+    -------
+    Tensor, shape (direction,)
+        In [-1, 1]: cosines that a feature must exceed to be near another by more than chance.
+
+    Raises
+    ------
+    ValueError
+        If the dictionary has another width than the activations, or no rows.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(n_directions, len(x), generator=generator).to(x)

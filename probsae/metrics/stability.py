@@ -42,6 +42,17 @@ def align(dictionaries: Sequence[ArrayLike], reference: ArrayLike | None = None)
     reference : array, shape (feature, d_in), optional
         The first dictionary where None.
 
+    Returns
+    -------
+    Alignment
+        Rows and cosines, shape (fit, feature), on the CPU; a dictionary narrower than the reference
+        leaves some features without a row.
+
+    Raises
+    ------
+    ValueError
+        If there is no dictionary, the widths d_in differ, or one has no rows.
+
     Examples
     --------
     >>> align([torch.eye(3), torch.eye(3)[[2, 0, 1]]]).index.tolist()
@@ -89,6 +100,17 @@ def reappearance(
     threshold : float, default 0.9
         Cosine above which a feature is there.
 
+    Returns
+    -------
+    Reappearance
+        For each feature, and as a `rate` to be read beside `chance`; higher is more stable.
+
+    Raises
+    ------
+    ValueError
+        If there is no other dictionary, widths d_in differ, one has no rows, or the threshold is
+        outside [0, 1).
+
     Examples
     --------
     >>> reappearance(torch.eye(4), [torch.eye(4)[:3], torch.eye(4)[:1]]).share.tolist()
@@ -106,8 +128,27 @@ def chance_reappearance(d_sae: int, d_in: int, threshold: float = 0.9) -> float:
     """Return the chance that one of `d_sae` random directions has a cosine above `threshold`.
 
     1 - (1 - p)^d_sae with p = I_(1 - c^2)((d_in - 1)/2, 1/2) / 2 for a threshold c in [0, 1), the
-    share of the sphere in a cap. Activations that fill few of their dimensions make it larger:
-    `d_in` is then their effective number.
+    share of the sphere in a cap.
+
+    Parameters
+    ----------
+    d_sae : int
+        Number of random directions.
+    d_in : int
+        Their dimensions, at least 2. Activations that fill few of their dimensions make the chance
+        larger: `d_in` is then their effective number.
+    threshold : float, default 0.9
+        Cosine to exceed.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the threshold is outside [0, 1), or `d_in` below 2.
 
     Examples
     --------
@@ -138,6 +179,16 @@ def mmcs_table(dictionaries: Sequence[ArrayLike], seed: int = 0) -> MmcsTable:
         Of any widths.
     seed : int, default 0
         Of the random ones.
+
+    Returns
+    -------
+    MmcsTable
+        Shape (fit, fit) each, in double precision; higher is better, beside its chance level.
+
+    Raises
+    ------
+    ValueError
+        If the widths d_in differ, or a dictionary has no rows.
 
     Notes
     -----
@@ -191,6 +242,11 @@ def direction_rhat(
     is_real : Tensor of bool, shape (d_sae,), optional
         Features of the first fit that the warning is about, say `posterior.p_real > .5`: surplus
         ones point anywhere, and differ in every fit. All of them where None.
+
+    Returns
+    -------
+    DirectionRhat
+        Shape (feature,) each, for the first fit's features; 1 is agreement, lower is better.
 
     Warns
     -----
@@ -251,6 +307,16 @@ def instability_auroc(
         Of its features in the others; bad are those found in less than half of them.
     firing_rate : Tensor, shape (feature,)
         Of the one fit, for the baseline.
+
+    Returns
+    -------
+    DoubtScore
+        AUROC of the doubt, higher is better and .5 by chance, beside that of minus the firing rate.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or a doubt or rate is NaN.
 
     Examples
     --------

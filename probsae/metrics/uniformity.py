@@ -42,6 +42,11 @@ def rank_uniformity(
         Neighbouring ranks are counted together; the bins' sizes differ by one rank at most, and
         their expected counts with them.
 
+    Returns
+    -------
+    Uniformity
+        Statistic and p-value of each column; small p-values speak against uniformity.
+
     Raises
     ------
     ValueError
@@ -76,6 +81,17 @@ def pit_uniformity(pit: Float[Tensor, "token quantity"]) -> Uniformity:
     ----------
     pit : Tensor, shape (token, quantity)
         Independent down each column, from `code_pit`, `residual_check` or `loo_pit`.
+
+    Returns
+    -------
+    Uniformity
+        Statistic and p-value of each column; small p-values speak against uniformity.
+
+    Examples
+    --------
+    >>> import torch
+    >>> bool(pit_uniformity(torch.linspace(0.01, 0.99, 50)[:, None]).p_any > 0.9)
+    True
     """
     tests = [kstest(column, "uniform") for column in pit.detach().double().cpu().numpy().T]
     return Uniformity(

@@ -23,6 +23,21 @@ BUDGETS = (1, 2, 5, 16)
 def budget_weights(budgets: Sequence[int] = BUDGETS) -> Float[np.ndarray, " budget"]:
     """Return the weights 1/k_j - 1/k_{j+1} of ascending budgets that begin with 1; their sum is 1.
 
+    Parameters
+    ----------
+    budgets : sequence of int
+        Numbers of features, ascending from 1.
+
+    Returns
+    -------
+    ndarray, shape (budget,)
+        Positive weights; the last is 1/k.
+
+    Raises
+    ------
+    ValueError
+        If the budgets are not ascending integers that begin with 1.
+
     Examples
     --------
     >>> budget_weights((1, 2, 5)).round(3).tolist()
@@ -118,7 +133,18 @@ class Localisation:
         return percentile_interval(self.score_draws, level)
 
     def features_for(self, fidelity: float) -> int | None:
-        """Return the smallest budget that keeps at least this share; None where none does."""
+        """Return the smallest budget that keeps at least this share; None where none does.
+
+        Parameters
+        ----------
+        fidelity : float
+            Share of the raw probe's selectivity, in [0, 1].
+
+        Returns
+        -------
+        int or None
+            Number of features, one of the budgets; fewer is better.
+        """
         enough = np.flatnonzero(self.fidelity >= fidelity)
         return self.budgets[enough[0]] if len(enough) else None
 

@@ -52,6 +52,11 @@ def welch_tests(
     FeatureTests
         A feature that is constant in each class has p = 1 where the constants agree, else p = 0.
 
+    Raises
+    ------
+    ValueError
+        If there is not one label a token, or fewer than two tokens of a class.
+
     Notes
     -----
     Source: Welch (1947); distribution by scipy. Tokens are taken for independent: where types
@@ -119,6 +124,11 @@ def adjust_p_values(
     Tensor, shape (d_sae,)
         Corrected p-values, in [0, 1], in the order of the tests.
 
+    Raises
+    ------
+    ValueError
+        If the method is unknown, or `p_values` are no vector within [0, 1].
+
     Notes
     -----
     Source: Holm (1979); Benjamini and Hochberg (1995); computed by statsmodels.
@@ -143,6 +153,23 @@ def probability_of_no_false_positive(n_tests: int, level: float) -> float:
 
     Without independence it is at least 1 - n_tests * level (union bound).
 
+    Parameters
+    ----------
+    n_tests : int
+        Number of tests.
+    level : float
+        Of each, in (0, 1).
+
+    Returns
+    -------
+    float
+        In (0, 1).
+
+    Raises
+    ------
+    ValueError
+        If `n_tests` is below 1, or the level outside (0, 1).
+
     Examples
     --------
     >>> round(probability_of_no_false_positive(16_384, 1e-5), 4)
@@ -156,6 +183,23 @@ def level_for_family(n_tests: int, family_level: float) -> float:
     """Level of each of `n_tests` independent tests that keeps the chance of any false positive.
 
     1 - (1 - family_level)^(1 / n_tests); source: Šidák (1967).
+
+    Parameters
+    ----------
+    n_tests : int
+        Number of tests.
+    family_level : float
+        Chance of any false positive, in (0, 1).
+
+    Returns
+    -------
+    float
+        Level of each test, in (0, 1).
+
+    Raises
+    ------
+    ValueError
+        If `n_tests` is below 1, or the level outside (0, 1).
 
     Examples
     --------
