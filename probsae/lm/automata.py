@@ -139,6 +139,11 @@ def excitation_graph(
         The nodes' names: indices in the dictionary.
     threshold : float, default 0.05
         Least change of a probability.
+
+    Returns
+    -------
+    networkx.DiGraph
+        Every feature is a node, with edges or without; `weight` is a change of probability.
     """
     graph = nx.DiGraph()
     names = features.tolist()

@@ -68,6 +68,19 @@ def read_contexts(
         Contexts of a forward pass.
     progress : bool, optional
         Show a bar; by default on terminals, where it takes longer than two seconds.
+
+    Yields
+    ------
+    Tensor, shape (context, position, d_in)
+        Activations of the next `batch_size` contexts, fewer at the end, in the model's dtype and on
+        its device.
+
+    Raises
+    ------
+    ValueError
+        If the hook is unknown, does not give one vector a token, or the network trains.
+    RuntimeError
+        If the model's forward does not pass through the hook.
     """
     point = find_hook(model.network, hook)
     for ids in shown(token_ids.split(batch_size), hook, "batch", progress):
@@ -84,10 +97,25 @@ def read_tokens(
     batch_size: int = 16,
     progress: bool | None = None,
 ) -> Float[Tensor, "token d_in"]:
-    """Gather the activations at a hook, float32, in the order of `token_ids`.
+    """Gather the activations at a hook, in the order of `token_ids`.
 
-    With `keep_first` each context's first position is left out: the labels that go with the rows
-    are those of `token_ids[:, 1:].flatten()`. A bar shows as `progress` says, see `read_contexts`.
+    Parameters
+    ----------
+    model, hook, token_ids, batch_size, progress
+        As for `read_contexts`.
+    keep_first : bool, default True
+        Leave each context's first position out: the labels that go with the rows are then those of
+        `token_ids[:, 1:].flatten()`.
+
+    Returns
+    -------
+    Tensor, shape (token, d_in)
+        Single precision, on the model's device; all of them are held at once.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for `read_contexts`.
     """
     contexts = read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress)
     return torch.cat([tokens_of(x, int(keep_first)) for x in contexts])
@@ -141,7 +169,22 @@ class ContextActivations:
     def batches(
         self, batch_size: int, *, seed: int = 0, device: torch.device | str | None = None
     ) -> Iterator[Tensor]:
-        """Endless activations of whole contexts, shuffled context by context."""
+        """Endless activations of whole contexts, shuffled context by context afresh at each pass.
+
+        Parameters
+        ----------
+        batch_size : int
+            Tokens of a batch; rounded down to whole contexts, at least one.
+        seed : int, default 0
+            Of the contexts' order.
+        device : str or torch.device, optional
+            Where to yield them; the model's where None.
+
+        Yields
+        ------
+        Tensor, shape (token, d_in)
+            Single precision. Contexts that do not fill a pass's last batch are left out of it.
+        """
         return self.batches_after(0, batch_size, seed=seed, device=device)
 
     def batches_after(
@@ -152,7 +195,20 @@ class ContextActivations:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> Iterator[Tensor]:
-        """Return what `batches` yields after its first `n_batches`, without running the model."""
+        """Return what `batches` yields after its first `n_batches`, without running the model.
+
+        Parameters
+        ----------
+        n_batches : int
+            Batches to leave out.
+        batch_size, seed, device
+            As for `batches`.
+
+        Yields
+        ------
+        Tensor, shape (token, d_in)
+            As from `batches`.
+        """
         n_contexts = min(max(1, batch_size // self.n_kept), len(self.token_ids))
         generator = torch.Generator().manual_seed(seed)
         while True:
@@ -171,6 +227,16 @@ class ContextActivations:
 
     def contexts_of(self, x: Float[Tensor, "token d_in"]) -> Int[Tensor, "context position"]:
         """Return the token ids of a batch that `batches` yielded.
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in)
+            The very tensor that was yielded.
+
+        Returns
+        -------
+        Tensor of ints, shape (context, position)
+            Its contexts, first positions included.
 
         Raises
         ------

@@ -96,6 +96,12 @@ def top_tokens(
         Tokens of each feature.
     largest : bool, default True
         Promoted tokens; suppressed ones where False.
+
+    Returns
+    -------
+    list of list of (str, float)
+        For each feature the tokens' texts and effects, the strongest first; logits per unit of the
+        code.
     """
     values, index = effects.topk(n_tokens, dim=-1, largest=largest)
     return [
@@ -114,6 +120,16 @@ def folded_unembedding(
     ----------
     model, head, norm
         As for `logit_effects`.
+
+    Returns
+    -------
+    Tensor, shape (vocabulary, d_model)
+        Single precision; logits per unit of the normed residual stream.
+
+    Raises
+    ------
+    ValueError
+        If the unembedding is not found or no linear map, or the final norm is of an odd width.
 
     Notes
     -----
@@ -152,6 +168,11 @@ def final_scale(
         Contexts of a forward pass.
     progress : bool, optional
         Show a bar; by default on terminals, where it takes longer than two seconds.
+
+    Returns
+    -------
+    float
+        Units of the residual stream: `logit_effects` of a code z are z effect / this.
     """
     module = final_norm(model, norm)
     if module is None:

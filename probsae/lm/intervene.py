@@ -49,10 +49,17 @@ def ablate(
         Leave each context's first position as it is; positions that a generation adds are never
         first.
 
+    Returns
+    -------
+    context manager
+        Inside the block every forward pass of the model is changed; afterwards it is as before.
+
     Raises
     ------
     IndexError
-        If there is no such feature.
+        On entering the block, if there is no such feature, or one is named twice.
+    ValueError
+        On entering the block, if the hook is unknown.
     """
     return pin(model, hook, dictionary, features, 0.0, keep_first=keep_first)
 
@@ -73,7 +80,21 @@ def pin(
     model, hook, dictionary, features, keep_first
         As for `ablate`.
     values : float, or one for each feature
-        Codes, units of the activations; `maximum_codes` tells how far they go by themselves.
+        What the codes become, units of the activations; `maximum_codes` tells how far they go by
+        themselves.
+
+    Returns
+    -------
+    context manager
+        Inside the block every forward pass of the model is changed; afterwards it is as before.
+
+    Raises
+    ------
+    IndexError
+        On entering the block, if there is no such feature, or one is named twice.
+    ValueError
+        On entering the block, if the hook is unknown, or there is neither one value nor one for
+        each feature.
     """
     return _changed(model, hook, dictionary, features, values, Tensor.index_copy, keep_first)
 
@@ -95,6 +116,16 @@ def steer(
         As for `ablate`.
     amounts : float, or one for each feature
         Added to the codes, units of the activations.
+
+    Returns
+    -------
+    context manager
+        Inside the block every forward pass of the model is changed; afterwards it is as before.
+
+    Raises
+    ------
+    IndexError, ValueError
+        As for `pin`.
     """
     return _changed(model, hook, dictionary, features, amounts, Tensor.index_add, keep_first)
 
@@ -122,6 +153,16 @@ def maximum_codes(
         Contexts of a forward pass.
     progress : bool, optional
         Show a bar; by default on terminals, where it takes longer than two seconds.
+
+    Returns
+    -------
+    Tensor, shape (d_sae,)
+        Units of the activations.
+
+    Raises
+    ------
+    ValueError
+        If the hook is unknown.
     """
     largest = None
     for x in read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress):

@@ -158,7 +158,23 @@ class Splicer:
         checkpoint: str | Path | None = None,
         progress: bool | None = None,
     ) -> SpliceResult:
-        """Measure one dictionary; arguments, result and errors are those of `splice`."""
+        """Measure one dictionary, as `probsae.lm.splice` would.
+
+        Parameters
+        ----------
+        dictionary, n_draws, seed, checkpoint, progress
+            As for that function.
+
+        Returns
+        -------
+        SpliceResult
+            Cross-entropies, KL and loss recovered, with single tokens' values.
+
+        Raises
+        ------
+        ValueError, FileExistsError
+            As for that function.
+        """
         _check_draws(n_draws, dictionary)
         kept = _kept(checkpoint, self._text, self._text.mean, n_draws, seed)
         return _spliced(

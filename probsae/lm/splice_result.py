@@ -96,6 +96,21 @@ class SpliceResult:
         It need not hold `loss_recovered` itself: a draw carries the posterior's spread, which the
         mean reconstruction leaves out, so draws predict worse. With fewer than 2 / (1 - level)
         draws it is close to their range.
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Of the interval, in (0, 1).
+
+        Returns
+        -------
+        lower, upper : float
+            Loss recovered, 1 is best.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer than 2 draws, or the level is outside (0, 1).
         """
         lower, upper = _quantiles(self._draws(self.draw_loss_recovered), level)
         return float(lower), float(upper)
@@ -103,20 +118,51 @@ class SpliceResult:
     def token_interval(
         self, level: float = 0.9
     ) -> tuple[Float[Tensor, "context prediction"], Float[Tensor, "context prediction"]]:
-        """Equal-tailed interval of each token's cross-entropy over posterior draws, nats."""
+        """Equal-tailed interval of each token's cross-entropy over posterior draws.
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Of the interval, in (0, 1).
+
+        Returns
+        -------
+        lower, upper : Tensor, shape (context, prediction)
+            Nats.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer than 2 draws, or the level is outside (0, 1).
+        """
         lower, upper = _quantiles(self._draws(self.draw_cross_entropy), level)
         return lower, upper
 
     def context_interval(self, level: float = 0.9, seed: int = 0) -> tuple[float, float]:
         """Interval of loss recovered over other text: contexts resampled, percentile bootstrap.
 
-        Tokens of a context depend on each other, so whole contexts are drawn. Source: Efron and
-        Tibshirani (1993), "An introduction to the bootstrap", chapter 13.
+        Tokens of a context depend on each other, so whole contexts are drawn.
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Of the interval, in (0, 1).
+        seed : int, default 0
+            Of the resamples, 2,000.
+
+        Returns
+        -------
+        lower, upper : float
+            Loss recovered, 1 is best.
 
         Raises
         ------
         ValueError
             If there is only one context.
+
+        Notes
+        -----
+        Source: Efron and Tibshirani (1993), "An introduction to the bootstrap", chapter 13.
         """
         if len(self.token_kl) < 2:
             raise ValueError("an interval over contexts needs at least 2 of them, got 1")
