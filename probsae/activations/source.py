@@ -60,6 +60,11 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
     d_in : int, optional
         Width that the activations must have.
 
+    Returns
+    -------
+    Tensor, shape (token, d_in)
+        On the memory of `x` where it can be; integers become single precision.
+
     Raises
     ------
     TypeError
@@ -158,10 +163,32 @@ def batches(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Iterator[Tensor]:
-    """Deal `data` out as float32 batches on `device`; endless unless `data` is itself an iterator.
+    """Deal `data` out as float32 batches; endless unless `data` is itself an iterator.
 
-    Tensors and arrays are reshuffled at every pass; an iterator of batches is passed through,
-    each batch checked.
+    Parameters
+    ----------
+    data : tensor, array, ActivationSource or iterable of tensors
+        Activations, (token, d_in). Tensors and arrays are reshuffled at every pass; batches of an
+        iterable are passed through, each checked.
+    batch_size : int
+        Tokens of a batch; without effect on an iterable.
+    seed : int, default 0
+        Of the order; without effect on an iterable.
+    device : str or torch.device, optional
+        Where to yield them; where the data are, or as the source decides, where None.
+
+    Returns
+    -------
+    iterator of Tensor, shape (token, d_in)
+        Single precision.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is below 1, the data are empty, or activations are not as
+        `check_activations` asks; batches of an iterable are checked as they come.
+    TypeError
+        If `data` are none of these.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -197,7 +224,33 @@ def take(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "token d_in"]:
-    """Gather `n_tokens` tokens of `data`; all of them, in a random order, where it holds fewer."""
+    """Gather `n_tokens` tokens of `data`; all of them, in a random order, where it holds fewer.
+
+    Parameters
+    ----------
+    data, seed, device
+        See `batches`. Of an iterable the first tokens are taken.
+    n_tokens : int
+        How many.
+
+    Returns
+    -------
+    Tensor, shape (token, d_in)
+        Single precision.
+
+    Raises
+    ------
+    ValueError
+        If `n_tokens` is below 1, the data are empty, or activations are not as `check_activations`
+        asks.
+    TypeError
+        As for `batches`.
+
+    Examples
+    --------
+    >>> tuple(take(torch.randn(5, 3), 8).shape)
+    (5, 3)
+    """
     if n_tokens < 1:
         raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
     n_available = len(data) if isinstance(data, Tensor | np.ndarray) else None

@@ -121,7 +121,13 @@ class ActivationStore:
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> Iterator[Float[Tensor, "token d_in"]]:
-        """Return what `batches` yields after its first `n_batches`, which are not read."""
+        """Return what `batches` yields after its first `n_batches`, which are not read.
+
+        Raises
+        ------
+        ValueError
+            At the first batch, if `batch_size` is below 1.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         generator = torch.Generator().manual_seed(seed)
@@ -197,6 +203,11 @@ class ActivationStore:
         rows : Tensor, shape (token,), optional
             Tokens of the view; all of it where None, 4 bytes each.
 
+        Returns
+        -------
+        Tensor of int32, shape (token,)
+            -1 where unknown.
+
         Raises
         ------
         IndexError
@@ -231,6 +242,21 @@ class ActivationStore:
         No context is in both: they meet at the beginning of one, the nearest to the share asked
         for (where the store knows its tokens' positions). Positions are read around that place
         only.
+
+        Parameters
+        ----------
+        held_out : float, default 0.1
+            Share of the tokens to hold out, in (0, 1).
+
+        Returns
+        -------
+        train, held_out : ActivationStore
+            Views of the same files.
+
+        Raises
+        ------
+        ValueError
+            If the share is outside (0, 1), or the tokens are too few.
         """
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be strictly between 0 and 1, got {held_out}")
