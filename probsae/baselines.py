@@ -80,7 +80,17 @@ class Baseline(ABC):
         """Return the codes of activations."""
 
     def fit(self, data: ActivationData) -> Baseline:
-        """Find the dictionary in `data`, a tensor, array, store, source or iterator.
+        """Find the dictionary in `data`.
+
+        Parameters
+        ----------
+        data : tensor, array, ActivationSource or iterable of tensors
+            Activations, (token, d_in); `n_tokens` of them are taken.
+
+        Returns
+        -------
+        Baseline
+            Itself, fitted.
 
         Raises
         ------
@@ -106,18 +116,67 @@ class Baseline(ABC):
         return self
 
     def dictionary(self) -> Float[Tensor, "d_sae d_in"]:
-        """Return the unit directions."""
+        """Return the unit directions.
+
+        Returns
+        -------
+        Tensor, shape (d_sae, d_in)
+            `W_dec`.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        """
         return self._fitted()[0]
 
     def encode(self, x: Tensor | np.ndarray) -> CodePosterior:
-        """Return the codes of `x`, shape (token, d_in), as a point posterior."""
+        """Return the codes of activations as a point posterior.
+
+        Parameters
+        ----------
+        x : tensor or array, shape (token, d_in)
+            Activations.
+
+        Returns
+        -------
+        CodePosterior
+            Of shape (token, d_sae), on the CPU; codes in the units of the activations.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError, TypeError
+            If `x` is not as `check_activations` asks.
+        """
         W_dec, _ = self._fitted()
         x = check_activations(x, W_dec.shape[1]).float().cpu()
         with numpy_untouched():
             return PointPosterior(self._codes(x))
 
     def decode(self, z: Float[Tensor, "*batch d_sae"] | np.ndarray) -> Float[Tensor, "*batch d_in"]:
-        """Return the activations that the codes `z`, a tensor or an array, stand for."""
+        """Return the activations that codes stand for, z W + b.
+
+        Parameters
+        ----------
+        z : tensor or array, shape (..., d_sae)
+            Codes, units of the activations.
+
+        Returns
+        -------
+        Tensor, shape (..., d_in)
+            On the CPU, units of the activations.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            If the last axis is not d_sae long.
+        TypeError
+            If a posterior came instead of codes.
+        """
         W_dec, b_dec = self._fitted()
         return check_codes(z, len(W_dec)).to(W_dec) @ W_dec + b_dec
 
