@@ -26,6 +26,11 @@ def load_sparsify(path: str | Path, *, device: str = "cpu") -> TopKSAE:
     device : str, default "cpu"
         Where to put its tensors.
 
+    Returns
+    -------
+    TopKSAE
+        With the same codes and reconstructions.
+
     Raises
     ------
     FileNotFoundError
