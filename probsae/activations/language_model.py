@@ -133,6 +133,11 @@ def load_language_model(
     dtype : torch.dtype, default float32
         Of weights and activations.
 
+    Returns
+    -------
+    LanguageModel
+        In evaluation mode, its weights without gradients.
+
     Raises
     ------
     ModuleNotFoundError

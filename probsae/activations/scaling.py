@@ -66,6 +66,16 @@ class Scale:
 def robust_scale(x: Float[Tensor, "token d_in"]) -> Scale:
     """Measure the scale of activations that are in memory.
 
+    Parameters
+    ----------
+    x : Tensor, shape (token, d_in)
+        Activations.
+
+    Returns
+    -------
+    Scale
+        In the units of the activations.
+
     Examples
     --------
     >>> import torch

@@ -185,7 +185,7 @@ def batches(
     Raises
     ------
     ValueError
-        If `batch_size` is below 1, the data are empty, or activations are not as
+        If `batch_size` is below 1, a source has no tokens, or activations are not as
         `check_activations` asks; batches of an iterable are checked as they come.
     TypeError
         If `data` are none of these.

@@ -110,6 +110,20 @@ class ActivationStore:
         """Endless float32 batches, shuffled over all shards afresh at each pass.
 
         Stores of more than 4 million tokens are shuffled in short runs of neighbours.
+
+        Parameters
+        ----------
+        batch_size : int
+            Tokens of a batch, at least 1; the rest of a pass is joined to the next one.
+        seed : int, default 0
+            Of the order.
+        device : str or torch.device, optional
+            Where to yield them; the CPU where None.
+
+        Yields
+        ------
+        Tensor, shape (batch_size, d_in)
+            Activations as stored, in single precision.
         """
         return self.batches_after(0, batch_size, seed=seed, device=device)
 
@@ -178,6 +192,16 @@ class ActivationStore:
 
     def gather(self, rows: Int[Tensor, " token"]) -> Float[Tensor, "token d_in"]:
         """Return the activations of the given tokens of the view, in their order, as float32.
+
+        Parameters
+        ----------
+        rows : Tensor of ints, shape (token,)
+            Tokens of the view, from 0.
+
+        Returns
+        -------
+        Tensor, shape (token, d_in)
+            On the CPU.
 
         Raises
         ------
