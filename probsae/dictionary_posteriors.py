@@ -20,10 +20,10 @@ from probsae.inference.dictionary_posterior import DictionaryPosterior
 from probsae.inference.elbo import require_linear_decoder
 from probsae.inference.refine import refine
 from probsae.metrics.stability import align
-from probsae.metrics.streams import own_stream
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import learned_spike_slab
+from probsae.seeding import own_stream
 
 _DIMS = {
     "direction": ["feature", "dimension"],

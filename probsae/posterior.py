@@ -15,7 +15,7 @@ from probsae.arviz_face import from_dict
 from probsae.inference.elbo import elbo_terms
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import learned_spike_slab
-from probsae.seeding import seeded
+from probsae.seeding import own_stream
 
 # Without chain and draw. `activations` has no dimension axis in `log_likelihood`, where arviz takes
 # the first name only.
@@ -94,7 +94,7 @@ def to_arviz(
             "gigabyte; pass fewer tokens or draws"
         )
     posterior = model.encode(x, refine=refine)
-    with torch.no_grad(), seeded(seed, x.device):
+    with torch.no_grad(), own_stream("to_arviz", seed, x.device):
         codes = posterior.sample(n_total)
         x_hat = model.decode(codes)
         noise_scale = model.noise_scale

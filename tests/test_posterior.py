@@ -63,6 +63,16 @@ def test_draws_have_the_posterior_s_moments(fitted, idata):
     assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / 2000) + 1e-3).all()
 
 
+def test_draws_are_not_those_of_the_callers_seed(fitted):
+    """Data may come from `torch.manual_seed(0)`: draws of seed 0 would know their support."""
+    model, x = fitted
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        callers = model.encode(x).sample(200)
+    drawn = ps.to_arviz(model, x, n_draws=100, n_chains=2, seed=0).posterior["codes"].values
+    assert not np.array_equal(drawn.reshape(callers.shape), callers.numpy())
+
+
 def test_log_likelihood_by_hand(fitted, idata):
     model, x = fitted
     codes = torch.tensor(idata.posterior.codes.values[1, 3], dtype=torch.float32)

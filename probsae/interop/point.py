@@ -14,6 +14,7 @@ from probsae.models.base import SparseDictionary
 from probsae.models.sae.base import DeterministicSAE
 from probsae.models.sae.batch_topk import BatchTopKSAE
 from probsae.models.sae.jumprelu import JumpReLUSAE
+from probsae.seeding import seeded
 
 # Of the mean squared activation: keeps the regression solvable where tokens are few.
 _RIDGE = 1e-6
@@ -63,7 +64,8 @@ def point_sae(model: SparseDictionary, x: Tensor | np.ndarray) -> JumpReLUSAE:
     gram = centered.T @ centered
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
     filters = torch.linalg.solve(gram, centered.T @ mean)
-    point = JumpReLUSAE(model.d_in, model.d_sae).to(x.device)
+    with seeded(0):  # its first dictionary, which is written over, is drawn
+        point = JumpReLUSAE(model.d_in, model.d_sae).to(x.device)
     point.W_dec.copy_(model.directions)
     point.b_dec.copy_(model.b_dec)
     point.initialize_codes_(centered)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probsae.models.sae.base import DeterministicSAE
 from probsae.models.sae.topk import TopKSAE
+from probsae.seeding import seeded
 
 # Rows that were unit before they were rounded to 16 bits differ by less.
 _NORM_TOLERANCE = 0.01
@@ -60,7 +61,8 @@ def as_own(
     per_code = {name: value.float() * norms for name, value in weights.per_code.items()}
     if not weights.subtracts_b_dec:
         b_enc = b_enc + b_dec @ W_enc
-    model = model_class(d_in, d_sae, **options)
+    with seeded(0):  # its first dictionary, which is written over, is drawn
+        model = model_class(d_in, d_sae, **options)
     with torch.no_grad():
         model.W_dec.copy_(W_dec / norms[:, None])
         model.W_enc.copy_(W_enc)

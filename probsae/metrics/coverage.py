@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probsae.distributions import SpikeSlab
-from probsae.metrics.streams import new_generator
 from probsae.models.code_posterior import CodePosterior
+from probsae.seeding import new_generator
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 """Nominal levels that `code_coverage` asks for."""

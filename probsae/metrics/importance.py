@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probsae.arviz_face import psis
-from probsae.metrics.streams import own_stream, with_posterior
+from probsae.metrics.given import with_posterior
 from probsae.models.base import SparseDictionary, as_event
 from probsae.models.code_posterior import CodePosterior
+from probsae.seeding import own_stream
 
 K_HAT_LIMIT = 0.7
 """Pareto k above which importance weights cannot be trusted (Vehtari et al., 2024)."""

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from probsae.arviz_face import loo_pit as arviz_loo_pit
 from probsae.arviz_face import psis
-from probsae.metrics.streams import own_stream, with_posterior
+from probsae.metrics.given import with_posterior
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
+from probsae.seeding import own_stream
 
 # 2 ** 26 doubles are half a gigabyte.
 _MAX_VALUES = 2**26

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probsae.metrics.streams import new_generator, own_stream
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
+from probsae.seeding import new_generator, own_stream
 
 Functional = Callable[[Tensor], Tensor]
 

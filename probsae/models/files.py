@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probsae.activations.shards import sync
 from probsae.models.base import SparseDictionary
+from probsae.seeding import seeded
 
 DICTIONARY_FILES = ("model.safetensors", "config.json")
 """Names of a saved dictionary's files."""
@@ -169,7 +170,8 @@ def rebuild(
     if not (n_tokens is None or isinstance(n_tokens, int)):
         raise ValueError(f"n_tokens in {origin} must be a whole number or null, got {n_tokens!r}")
     try:
-        model = model_class(**hyperparameters).to(device, _dtype_of(tensors))
+        with seeded(0):  # its first dictionary, which is written over, is drawn
+            model = model_class(**hyperparameters).to(device, _dtype_of(tensors))
     except TypeError as error:
         raise ValueError(f"{origin} describes a dictionary that cannot be: {error}") from error
     try:

@@ -57,6 +57,15 @@ class OwnDictionary(ps.TopKSAE):
     """A class that probsae has never seen."""
 
 
+def test_loading_draws_nothing_from_the_callers_stream(tmp_path):
+    ps.save(ps.TopKSAE(8, 16, k=3), tmp_path / "sae")
+    ps.interop.save_sparsify(ps.TopKSAE(8, 16, k=3), tmp_path / "sparsify")
+    before = torch.get_rng_state()
+    ps.load(tmp_path / "sae")
+    ps.interop.load_sparsify(tmp_path / "sparsify")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_class_of_ones_own_is_loaded(tmp_path):
     model = OwnDictionary(8, 12, k=2)
     ps.save(model, tmp_path / "own")

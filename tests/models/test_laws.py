@@ -197,6 +197,7 @@ def test_gradients_reach_every_parameter_and_leave_norms_alone(variant):
         if parameter.requires_grad and parameter.numel():
             assert parameter.grad is not None, n
             assert torch.isfinite(parameter.grad).all(), n
+            assert parameter.grad.abs().max() > 0, n
     parallel = (model.W_dec.grad * model.directions).sum(-1)
     assert parallel.abs().max() < 1e-9 * model.W_dec.grad.norm()
 

@@ -18,7 +18,7 @@ from probsae.inference.exact.enumeration import FixedDictionary
 from probsae.inference.refine import spike_slab_prior
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import learned_spike_slab
-from probsae.seeding import seeded
+from probsae.seeding import own_stream
 
 QUANTITIES = ("codes", "dictionary", "rates", "noise")
 
@@ -117,7 +117,7 @@ def gibbs(
     prior = spike_slab_prior(model)
     require_linear_decoder(model)
     x = check_activations(x, model.d_in).to(model.b_dec)
-    with seeded(seed, x.device):
+    with own_stream("gibbs", seed, x.device):
         chains = _GibbsState(model, prior, x, n_chains, row_precision, noise_prior)
         draws: list[tuple[Tensor, ...]] = []
         for step in range(n_warmup + n_draws):

@@ -15,7 +15,7 @@ from probsae.activations.source import check_activations
 from probsae.distributions import SpikeSlab
 from probsae.inference.refine import code_law
 from probsae.models.base import SparseDictionary
-from probsae.seeding import seeded
+from probsae.seeding import own_stream
 
 
 def nuts(
@@ -79,7 +79,7 @@ def nuts(
     program = poutine.block(fixed.model, hide_types=["param"])
     draws = []
     for chain in range(n_chains):
-        with seeded(seed + chain, x.device):
+        with own_stream("nuts", seed + chain, x.device):
             sampler = MCMC(
                 NUTS(program),
                 num_samples=n_draws,
