@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakValueDictionary, finalize
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class FolderLock:
     """A folder's lock, for as long as this object is referred to; a killed process holds none.
 
     Writers of one process share it: one that failed may still be referred to by its traceback.
-    Where a file system has no locks (some network ones) it locks nothing.
+    Where there are no such locks (Windows, some network file systems) it locks nothing.
 
     Parameters
     ----------
@@ -29,6 +33,8 @@ class FolderLock:
     _held: ClassVar[WeakValueDictionary[Path, FolderLock]] = WeakValueDictionary()
 
     def __init__(self, folder: Path):
+        if fcntl is None:
+            return
         handle = os.open(folder, os.O_RDONLY)
         finalize(self, os.close, handle)
         try:
