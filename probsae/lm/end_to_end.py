@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probsae.activations.hooks import HookPoint, by_context, edited, find_hook, recorded
-from probsae.inference.elbo import ElboTerms, Objective, elbo_terms
+from probsae.inference.elbo import ElboTerms, Objective, infer_terms
 from probsae.lm.contexts import ContextActivations, logits_with, tokens_of
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
@@ -97,8 +97,7 @@ class EndToEnd:
     def __call__(
         self, model: SparseDictionary, x: Float[Tensor, "token d_in"], kl_weight: float | Tensor
     ) -> Objective:
-        posterior = model.posterior(x)
-        terms = elbo_terms(model, x, posterior)
+        posterior, terms = infer_terms(model, x)
         log_likelihood, kl = terms.log_likelihood.mean(), terms.kl.mean()
         errors = self._errors(model, x, posterior)
         extra = model.auxiliary_loss(x, posterior, kl_weight)
