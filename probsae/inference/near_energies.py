@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+# Scoring steps at most; seven are enough on the seed benchmark.
 _N_STEPS = 50
 # Least ratio of a measured variance to that of its noise, and to its trend.
 _LEAST_RATIO = 1e-4
@@ -49,6 +50,11 @@ def shrink(values: Float[Tensor, " feature"], chance: float, reach: int) -> Figu
         Relative variance of each one's error.
     reach : int
         Neighbours to either side.
+
+    Returns
+    -------
+    Figures
+        In the units of `values`, each with its relative variance.
 
     Notes
     -----
@@ -90,8 +96,14 @@ def follow(
     noise : Tensor, shape (feature,)
         Variance of the mean of the two estimates.
     energy : Tensor, shape (feature,)
+        E z^2 of each feature's code, in any unit; positive.
     n_entries, reach : int
         Numbers that a measurement is the mean of; neighbours to either side.
+
+    Returns
+    -------
+    Figures
+        f, in the units of `values`, and its relative variance.
 
     Notes
     -----
