@@ -6,26 +6,81 @@ import operator
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+
+_Item = TypeVar("_Item")
 
 
-@contextmanager
-def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Seed torch's generators inside the block: the CPU's and, on a GPU, that of `device`.
+def check_seed(seed: object) -> int:
+    """Return `seed`, perhaps one of numpy's integers, as torch's generators take it.
 
-    Afterwards both are where they were; other devices' are not touched at all, which
-    `torch.manual_seed` would seed too.
+    Raises
+    ------
+    ValueError
+        If it is no whole number from 0 to 2 ** 64 - 1: numpy's generators take none below 0, and
+        torch's none above.
     """
-    seed, device = operator.index(seed), torch.device(device)  # numpy's integers too
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.default_generator.manual_seed(seed)
-        for gpu in gpus:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number of at least 0, below 2 ** 64, got {seed!r}")
+    return operator.index(seed)
+
+
+class seeded:
+    """Seed torch's generators inside a with-block: the CPU's and, on a GPU, that of `device`.
+
+    Afterwards both are where they were, or where what was `drawn_outside` left them; other
+    devices' are not touched at all, which `torch.manual_seed` would seed too.
+
+    Parameters
+    ----------
+    seed : int
+        From 0 to 2 ** 64 - 1.
+    device : str or torch.device, default "cpu"
+        A GPU whose generator is seeded beside the CPU's.
+    """
+
+    def __init__(self, seed: int, device: str | torch.device = "cpu"):
+        self.seed = check_seed(seed)
+        device = torch.device(device)
+        self._gpus = [device] if device.type == "cuda" else []
+        self._outside: list[Tensor] = []
+
+    def __enter__(self) -> seeded:
+        self._outside = self._states()
+        torch.default_generator.manual_seed(self.seed)
+        for gpu in self._gpus:
             with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(seed)
-        yield
+                torch.cuda.manual_seed(self.seed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self._outside)
+
+    def drawn_outside(self, items: Iterator[_Item]) -> Iterator[_Item]:
+        """Pass items on; numbers drawn to make them are those of the generators outside."""
+        while True:
+            inside = self._states()
+            self._set(self._outside)
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._outside = self._states()
+                self._set(inside)
+            yield item
+
+    def _states(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._gpus)]
+
+    def _set(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state, gpu in zip(states[1:], self._gpus, strict=True):
+            torch.cuda.set_rng_state(state, gpu)
 
 
 def new_generator(name: str, seed: int, device: torch.device) -> torch.Generator:
@@ -55,5 +110,5 @@ def numpy_untouched() -> Iterator[None]:
 
 
 def _stream_seed(name: str, seed: int) -> int:
-    sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(name.encode()),))
+    sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(zlib.crc32(name.encode()),))
     return int(sequence.generate_state(1, np.uint64)[0])

@@ -23,6 +23,26 @@ def test_the_callers_numbers_go_on(device):
     assert not torch.equal(inside, before)
 
 
+@pytest.mark.parametrize("device", PLACES)
+def test_what_is_drawn_outside_has_the_callers_numbers(device):
+    torch.manual_seed(0)
+    expected = torch.randn(4, device=device)
+    with seeded(1, device):
+        inside = torch.randn(4, device=device)
+    torch.manual_seed(0)
+    drawn, own = [], []
+    with seeded(1, device) as block:
+        for item in block.drawn_outside(torch.randn(1, device=device) for _ in range(3)):
+            drawn.append(item)
+            own.append(torch.randn(1, device=device))
+    after = torch.randn(1, device=device)
+    torch.testing.assert_close(torch.cat([*drawn, after]), expected, rtol=0, atol=0)
+    with seeded(1, device):
+        again = [torch.randn(1, device=device) for _ in range(3)]
+    torch.testing.assert_close(torch.cat(own), torch.cat(again), rtol=0, atol=0)
+    assert not torch.equal(inside, expected)
+
+
 def test_after_an_error_too():
     def fail():
         with seeded(1):

@@ -35,7 +35,6 @@ from probsae.inference.start import (
     check_hooks,
     check_model,
     check_rate,
-    check_seed,
     open_data,
     with_gradients,
 )
@@ -50,7 +49,7 @@ from probsae.inference.step import (
 )
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import typical_code_size
-from probsae.seeding import seeded
+from probsae.seeding import check_seed, seeded
 
 __all__ = ["FitResult", "NoiseFloorWarning", "NonFiniteElboError", "fit"]
 
@@ -119,7 +118,8 @@ def fit(
         Adam's, relative to the data's scale for parameters in units of the activations; the
         model's `default_learning_rate` where None.
     seed : int, default 0
-        Of the order of the data and of sampled ELBOs. The caller's generators are not touched.
+        Of the order of the data and of sampled ELBOs. Numbers that an iterator draws from torch's
+        generators are the caller's, as if there were no fit.
     device : str or torch.device, optional
         Where to fit; a GPU where there is one, by default.
     callbacks : iterable of Callback
@@ -205,14 +205,14 @@ def fit(
     state = FitState(model, optimizer, data, n_steps, device, seed)
     state.settings = settings
     step = training_step(model, elbo, compile, batch_size, n_steps, objective)
-    with seeded(seed, device), products_in(model, precision):
+    with seeded(seed, device) as numbers, products_in(model, precision):
         model.train()
         single = _SingleFit(state, step, schedule, learning_rate, callbacks, scales)
         try:
             if resume is not None:
                 load_checkpoint(resume, state)
             with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
-                run(single, stream, bar)
+                run(single, numbers.drawn_outside(stream), bar)
         except BaseException:
             if state.step == 0:
                 scales.undo()

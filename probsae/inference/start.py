@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,20 +47,6 @@ def check_counts(n_steps: int, batch_size: int, n_tokens: int | None = None) -> 
     check_count("batch_size", batch_size)
     if n_tokens is not None:
         check_count("n_tokens", n_tokens)
-
-
-def check_seed(seed: object) -> int:
-    """Return `seed`, perhaps one of numpy's integers, as torch's generators take it.
-
-    Raises
-    ------
-    ValueError
-        If it is no whole number from 0 to 2 ** 64 - 1: numpy's generators take none below 0, and
-        torch's none above.
-    """
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number of at least 0, below 2 ** 64, got {seed!r}")
-    return operator.index(seed)
 
 
 def check_model(model: object) -> None:

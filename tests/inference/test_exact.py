@@ -194,6 +194,17 @@ def test_nuts_agrees_with_quadrature(nonnegative):
     assert not nonnegative or float(draws.min()) > 0
 
 
+def test_chains_at_neighbouring_seeds_are_others():
+    torch.manual_seed(0)
+    model, x = ps.LaplaceDictionary(3, 4), torch.randn(2, 3)
+    options = {"n_draws": 4, "n_warmup": 2, "n_chains": 2}
+    draws = torch.stack([nuts(model, x, seed=seed, **options) for seed in (0, 1)])
+    chains = draws.flatten(0, 1)  # (seed and chain, draw, token, d_sae)
+    assert len({float(chain.sum()) for chain in chains}) == 4
+    with pytest.raises(ValueError, match="seed must be"):
+        nuts(model, x, seed=-1, **options)
+
+
 def test_boundaries():
     x = torch.randn(2, 4)
     with pytest.raises(ValueError, match="at most 16 features, got 17"):

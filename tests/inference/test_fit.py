@@ -54,6 +54,31 @@ def test_an_iterator_that_ends_ends_the_fit(source):
     assert result.n_tokens == 3 * 64  # whatever batch_size says: an iterator's batches are its own
 
 
+@pytest.mark.parametrize("is_sampled", [False, True])
+@pytest.mark.parametrize("in_ensemble", [False, True])
+def test_an_iterator_draws_the_callers_numbers(in_ensemble, is_sampled):
+    """Not the fit's own, with which it would see the same noise twice at one seed."""
+    n_steps, cls = 20, ps.SparseVAE
+    decoder = {"decoder_hidden": 4} if is_sampled else {}
+
+    def drawn():
+        return (torch.randn(32, 8) for _ in range(n_steps))
+
+    ends, after = [], []
+    for data in (drawn, lambda: iter(list(drawn()))):
+        model = small_model(cls, **decoder)
+        torch.manual_seed(5)
+        options = OPTIONS | {"n_steps": n_steps, "seed": 5}
+        if in_ensemble:
+            ps.fit_ensemble([model], data(), **options)
+        else:
+            ps.fit(model, data(), **options)
+        after.append(torch.randn(3))
+        ends.append(model.W_dec.detach())
+    assert torch.equal(*ends)
+    assert torch.equal(*after)
+
+
 def test_a_fit_that_ends_early_has_the_history_of_its_steps(source):
     """Also where they are fewer than lie between two points of it: 10, of 2,000 steps."""
     batches = [source.sample(64)[0] for _ in range(15)]

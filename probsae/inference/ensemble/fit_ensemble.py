@@ -24,11 +24,11 @@ from probsae.inference.start import (
     check_hooks,
     check_model,
     check_rate,
-    check_seed,
     with_gradients,
 )
 from probsae.inference.step import Precision
 from probsae.models.base import SparseDictionary
+from probsae.seeding import check_seed
 
 
 @with_gradients

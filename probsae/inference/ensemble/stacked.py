@@ -155,7 +155,7 @@ def _run_together(
     models = [member.state.model for part in parts for member in part.members]
     room -= sum(part.footprint.resident * len(part.members) for part in parts)
     groups: list[Group] = []
-    with seeded(setup.seed, setup.device), ExitStack() as stack:
+    with seeded(setup.seed, setup.device) as numbers, ExitStack() as stack:
         for model in models:
             stack.callback(model.eval)
             model.train()
@@ -172,7 +172,7 @@ def _run_together(
             stack.enter_context(products_in(model, setup.precision))
         fits = EnsembleFits(groups)
         try:
-            run(fits, stream, bar)
+            run(fits, numbers.drawn_outside(stream), bar)
         except BaseException:
             fits.fail()
             raise

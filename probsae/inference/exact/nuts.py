@@ -79,7 +79,7 @@ def nuts(
     program = poutine.block(fixed.model, hide_types=["param"])
     draws = []
     for chain in range(n_chains):
-        with own_stream("nuts", seed + chain, x.device):
+        with own_stream(f"nuts, chain {chain}", seed, x.device):
             sampler = MCMC(
                 NUTS(program),
                 num_samples=n_draws,
