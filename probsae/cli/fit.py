@@ -108,7 +108,7 @@ def fit(
         from probsae.inference.wandb_logger import WandbLogger
 
         callbacks.append(WandbLogger(directory=out))
-    callbacks.append(Checkpoint(out / "checkpoint"))  # behind what changes the model in a step
+    callbacks.append(Checkpoint(out / "checkpoint"))
     result = run_fit(
         dictionary,
         train,

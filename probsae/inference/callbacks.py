@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -101,7 +102,8 @@ def tell_of_failure(listeners: Iterable[tuple[Callback, FitState]]) -> None:
 class Checkpoint(Callback):
     """Write model and optimiser every so many steps; `fit(..., resume=path)` goes on from there.
 
-    It belongs behind callbacks that change the model: what they do in its step is then in it.
+    It runs after all other callbacks, wherever it stands among them: what they do in its step is
+    then in it.
 
     Parameters
     ----------
@@ -139,6 +141,8 @@ def save_checkpoint(path: Path, state: FitState) -> None:
         for index, moments in optimizer.items()
         for name, value in moments.items()
     }
+    # Parameters of an ensemble's member share one count of steps, and a file takes each on its own.
+    tensors = {name: v.clone() if v.ndim == 0 else v for name, v in tensors.items()}
     tensors |= {f"{_KEPT}{name}": value.cpu() for name, value in state.kept.items()}
     if state.objective is not None:  # which way a step is taken depends on the one before
         shown = state.objective._asdict()
@@ -204,16 +208,22 @@ def steps_done(
     return int(saved["step"])
 
 
+def load_random_state(path: str | Path, device: torch.device) -> None:
+    """Set torch's generators to where they were when a checkpoint was made."""
+    with safe_open(Path(path) / "optimizer.safetensors", framework="pt") as tensors:
+        torch.set_rng_state(tensors.get_tensor("rng"))
+        if device.type == "cuda" and "cuda_rng" in tensors.keys():  # noqa: SIM118
+            torch.cuda.set_rng_state(tensors.get_tensor("cuda_rng"), device)
+
+
 def load_checkpoint(path: str | Path, state: FitState) -> None:
     """Set model, optimiser, step and history of `state` to those of a checkpoint that fits it."""
     path = Path(path)
     saved = json.loads((path / "fit.json").read_text())
     state.model.load_state_dict(load_file(path / "model.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    cuda_rng = tensors.pop("cuda_rng", None)
-    if cuda_rng is not None and state.device.type == "cuda":
-        torch.cuda.set_rng_state(cuda_rng, state.device)
+    for name in ("rng", "cuda_rng"):
+        tensors.pop(name, None)
     state.kept = _take_out(tensors, _KEPT, state.device)
     shown = _take_out(tensors, _OBJECTIVE, state.device)
     state.objective = Objective(**shown) if shown else None

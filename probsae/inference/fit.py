@@ -19,6 +19,7 @@ from probsae.inference.callbacks import (
     Callback,
     FitState,
     load_checkpoint,
+    load_random_state,
     steps_done,
     tell_of_failure,
 )
@@ -211,6 +212,7 @@ def fit(
         try:
             if resume is not None:
                 load_checkpoint(resume, state)
+                load_random_state(resume, device)
             with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
                 run(single, numbers.drawn_outside(stream), bar)
         except BaseException:

@@ -18,7 +18,7 @@ from probsae.activations.source import (
     batches,
     check_activations,
 )
-from probsae.inference.callbacks import Callback
+from probsae.inference.callbacks import Callback, Checkpoint
 from probsae.models.base import SparseDictionary, in_evaluation
 from probsae.models.code_posterior import CodePosterior
 
@@ -92,7 +92,7 @@ def check_hooks(model: SparseDictionary, is_sampled: bool = False) -> None:
 
 
 def check_callbacks(callbacks: object) -> list[Callback]:
-    """Return them as a list.
+    """Return them as a list, `Checkpoint`s behind all that may change what they write.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def check_callbacks(callbacks: object) -> list[Callback]:
                 "each of callbacks must be a probsae.inference.Callback, whose on_step(state) runs "
                 f"after each step, got {_name(callback)}"
             )
-    return callbacks
+    return sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))
 
 
 def _name(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from probsae.activations.source import ActivationData
 from probsae.inference.callbacks import Callback
 from probsae.inference.elbo import require_full_precision
 from probsae.inference.ensemble.fits import warn_of_divergence
-from probsae.inference.ensemble.stacked import Setup, Wish, check_passes, fit_stacked
+from probsae.inference.ensemble.stacked import Setup, Wish, check_passes, fit_stacked, steps_taken
 from probsae.inference.fit import FitResult, fit
 from probsae.inference.guard import NonFiniteElboError
 from probsae.inference.schedule import Schedule
@@ -47,6 +48,7 @@ def fit_ensemble(
     precision: Precision = "float32",
     compile: bool | None = None,
     memory: float | None = None,
+    resume: Sequence[str | Path | None] | None = None,
     progress: bool | None = None,
 ) -> list[FitResult]:
     """Fit every model as `fit` would, all on the same batches, in one batched program.
@@ -75,6 +77,9 @@ def fit_ensemble(
     memory : float, optional
         Bytes that may be taken; four fifths of what is free on the device where None. Members
         that do not fit beside the others are fitted after them, on the same batches again.
+    resume : sequence of str, Path or None, optional
+        One folder a model, of a `Checkpoint` to go on from, with the same data and settings; None
+        for a model that begins. Those that are ahead wait until the others have come up to them.
     progress : bool, optional
         Show a bar over all; by default on terminals, for fits longer than two seconds.
 
@@ -120,10 +125,13 @@ def fit_ensemble(
     for rate in rates:
         check_rate(1.0 if rate is None else rate)
     own_callbacks = _each(callbacks or [()] * len(models), models, "callbacks")
+    checkpoints = _checkpoints(resume, models)
     wishes = [
-        Wish(i, model, schedules[i], rates[i], check_callbacks(own_callbacks[i]))
+        Wish(i, model, schedules[i], rates[i], check_callbacks(own_callbacks[i]), checkpoints[i])
         for i, model in enumerate(models)
     ]
+    for wish in wishes:
+        steps_taken(wish, setup)
     stacked = [wish for wish in wishes if wish.model.has_linear_decoder]
     sampled = [wish for wish in wishes if not wish.model.has_linear_decoder]
     for wish in stacked:
@@ -163,6 +171,16 @@ def _each(value: Any, models: Sequence[SparseDictionary], name: str) -> list[Any
     return list(value)
 
 
+def _checkpoints(
+    resume: Sequence[str | Path | None] | None, models: Sequence[SparseDictionary]
+) -> list[Path | None]:
+    """Return one folder a model, or None."""
+    if isinstance(resume, str | Path):
+        raise TypeError(f"resume must hold one folder for each model, got {resume!r} for all")
+    folders = _each(resume, models, "resume")
+    return [None if folder is None else Path(folder) for folder in folders]
+
+
 def _fit_alone(wish: Wish, setup: Setup) -> FitResult:
     """Fit a model that cannot be stacked; one that diverges is reported as a member is."""
     try:
@@ -179,6 +197,7 @@ def _fit_alone(wish: Wish, setup: Setup) -> FitResult:
             n_tokens=setup.n_tokens,
             precision=setup.precision,
             compile=setup.compile,
+            resume=wish.resume,
             progress=setup.progress,
         )
     except NonFiniteElboError as error:

@@ -35,23 +35,35 @@ class EnsembleFits(Fits):
     def __init__(self, groups: Sequence[Group]):
         self.groups = groups
         state = groups[0].members[0].state
-        self.step, self.n_steps, self.device = 0, state.n_steps, state.device
+        self.step = min(member.state.step for _, _, member in self._all())
+        self.n_steps, self.device = state.n_steps, state.device
+        for group, i, member in self._all():
+            if member.resume is not None:
+                member.is_waiting = True
+                group.hold(i)
+
+    def _all(self) -> list[tuple[Group, int, Member]]:
+        """Members with their group and place in it."""
+        return [(group, i, m) for group in self.groups for i, m in enumerate(group.members)]
 
     def _running(self) -> list[tuple[Group, int, Member]]:
-        """Members that were not stopped, with their group and place in it."""
-        return [
-            (group, i, member)
-            for group in self.groups
-            for i, member in enumerate(group.members)
-            if member.failure is None
-        ]
+        """Members that take the next step."""
+        return [entry for entry in self._all() if entry[2].is_running]
+
+    def _unstopped(self) -> list[Member]:
+        """Members that run, or wait for the others; also those that are at their end."""
+        return [member for _, _, member in self._all() if member.failure is None]
 
     def start(self) -> None:
-        for _, _, member in self._running():
+        for member in self._unstopped():
             for callback in member.callbacks:
                 callback.on_start(member.state)
 
     def prepare(self) -> None:
+        for group, i, member in self._all():
+            if member.is_waiting and member.state.step == self.step:
+                member.is_waiting = False
+                group.go_on(i)
         for group in self.groups:
             group.prepare(self.step)
 
@@ -69,9 +81,9 @@ class EnsembleFits(Fits):
             for i, member in enumerate(group.members):
                 if is_alive[i]:
                     member.scales.forget()
-                elif member.failure is None:
+                elif member.is_running:
                     self._stop(group, i, member)
-        self.has_stopped = not self._running()
+        self.has_stopped = not self._unstopped()
 
     def _stop(self, group: Group, i: int, member: Member) -> None:
         step = int(group.guard.bad_step[i])
@@ -93,7 +105,7 @@ class EnsembleFits(Fits):
             l0 = group.shown.firing_rate.sum(-1)
             table = torch.stack([*terms, l0, group.rates.kl_weight]).T.tolist()
             for member, row in zip(group.members, table, strict=True):
-                if member.failure is None:
+                if member.is_running:
                     names = (*SHOWN, "kl_weight")
                     member.state.log(dict(zip(names, row, strict=True)))
         n_members = sum(len(group.members) for group in self.groups)
@@ -111,12 +123,12 @@ class EnsembleFits(Fits):
         """Tell the callbacks that an error or an interrupt ends the fits."""
         tell_of_failure(
             (callback, member.state)
-            for _, _, member in self._running()
+            for member in self._unstopped()
             for callback in member.callbacks
         )
 
     def end(self) -> None:
-        for _, _, member in self._running():
+        for member in self._unstopped():
             for callback in member.callbacks:
                 callback.on_end(member.state)
 

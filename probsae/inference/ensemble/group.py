@@ -76,6 +76,8 @@ class Group:
         self.guard = Guard(torch.ones_like(count, dtype=torch.bool), count, count.clone())
         self.shown: Objective | None = None
         self._l0_shown: list[float] | None = None
+        self._l0_resumed: dict[int, float] = {}
+        self._held: dict[int, list[Tensor]] = {}
         self._gradient = Gradient(self.stack.template, self.stack.trained)
         self._update = Update(self.stack.template, self.stack.trained, self.stack.normalized)
         self._graphs: dict[Any, Traced] = {}
@@ -119,6 +121,24 @@ class Group:
                     waits[names[parameter]][i] = float(group["waits"])
         return factors, waits
 
+    def hold(self, index: int) -> None:
+        """Leave a member as it is until `go_on`, whatever the others do."""
+        self.guard.is_alive[index] = False
+        self._held[index] = [value[index].clone() for value in self._moments()]
+
+    def go_on(self, index: int) -> None:
+        """Let a member that was held take its steps, from the moments that it had."""
+        for value, held in zip(self._moments(), self._held.pop(index), strict=True):
+            value[index] = held
+        self.guard.is_alive[index] = True
+        before = self.members[index].state.objective
+        if before is not None:
+            self._l0_resumed[index] = float(before.firing_rate.sum())
+
+    def _moments(self) -> list[Tensor]:
+        """Return what Adam changes also of members that stand still."""
+        return [*self.stack.first.values(), *self.stack.second.values(), self.stack.n_updates]
+
     def prepare(self, step: int) -> None:
         """Set what the schedules say of step `step` (0 is the first)."""
         self.rates.kl_weight.copy_(self.course.kl_weight[step])
@@ -152,6 +172,8 @@ class Group:
 
     def _l0(self, chunk: _Chunk, x: Tensor) -> float:
         """Return how many codes a chunk's one member keeps, by the step before if there was one."""
+        if chunk.first in self._l0_resumed:
+            return self._l0_resumed.pop(chunk.first)
         if self.shown is None:
             assert isinstance(chunk.single, KeepingSAE)
             return chunk.single.expected_l0(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,19 @@ class Member:
     learning_rate: float
     callbacks: list[Callback]
     scales: FirstScales
+    resume: Path | None = None
+    """Checkpoint that it goes on from."""
+    n_done: int = 0
+    """Steps after which that was made."""
+    is_waiting: bool = False
+    """Whether the others have yet to take the steps that it has taken before."""
     failure: str | None = None
     """Why it was stopped."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes the next step."""
+        return self.failure is None and not self.is_waiting
 
     def stop(self, step: int, failure: str) -> None:
         """Note that the member stands still since it took `step` steps."""

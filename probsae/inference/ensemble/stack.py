@@ -62,12 +62,17 @@ class Stack:
         return stacked
 
     def _show_moments(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+        """Make the optimiser's moments views of the stack, with the values of a resumed fit."""
         for name in self.trained:
-            optimizer.state[_tensor(self.models[index], name)] = {
+            parameter = _tensor(self.models[index], name)
+            views = {
                 "step": self.n_updates[index],
                 "exp_avg": self.first[name][index],
                 "exp_avg_sq": self.second[name][index],
             }
+            for kind, value in optimizer.state[parameter].items():
+                views[kind].copy_(value)
+            optimizer.state[parameter] = views
 
     def release(self) -> None:
         """Give each model tensors of its own again."""

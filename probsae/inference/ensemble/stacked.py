@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from probsae.activations.source import ActivationData, size_of
-from probsae.inference.callbacks import Callback, FitState
+from probsae.inference.callbacks import (
+    Callback,
+    FitState,
+    load_checkpoint,
+    load_random_state,
+    steps_done,
+)
 from probsae.inference.ensemble.fits import EnsembleFits
 from probsae.inference.ensemble.group import Group
 from probsae.inference.ensemble.grouping import group
@@ -58,6 +65,7 @@ class Wish:
     schedule: Schedule | None
     learning_rate: float | None
     callbacks: list[Callback]
+    resume: Path | None
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,9 @@ class _Part:
 
 def fit_stacked(wishes: Sequence[Wish], setup: Setup, memory: float | None) -> dict[int, FitResult]:
     """Fit models with a linear decoder; return their results by index."""
-    first, stream = _open(setup, wishes)
-    members = [_member(wish, setup, first) for wish in wishes]
+    n_done = [steps_taken(wish, setup) for wish in wishes]
+    first, stream = _open(setup, wishes, min(n_done))
+    members = [_member(wish, setup, first, n) for wish, n in zip(wishes, n_done, strict=True)]
     try:
         _run_all(members, stream, setup, budget(setup.device, memory), wishes)
     finally:
@@ -92,11 +101,12 @@ def _run_all(
     """Fit all members, in as many runs as the memory asks for."""
     runs = _plan(members, setup, room)
     check_passes(setup.data, len(runs))
-    bar = progress_bar(setup.n_steps * len(runs), 0, f"{len(members)} dictionaries", setup.progress)
-    with bar:
-        for parts in runs:
-            if parts is not runs[0]:
-                stream = _open(setup, wishes)[1]
+    n_done = [min(m.n_done for part in parts for m in part.members) for parts in runs]
+    n_steps = setup.n_steps * len(runs)
+    with progress_bar(n_steps, sum(n_done), f"{len(members)} dictionaries", setup.progress) as bar:
+        for i, parts in enumerate(runs):
+            if i > 0 or n_done[0] > min(n_done):
+                stream = _open(setup, wishes, n_done[i])[1]
             _run_together(parts, stream, bar, setup, room)
 
 
@@ -110,7 +120,28 @@ def check_passes(data: ActivationData, n_passes: int) -> None:
         )
 
 
-def _open(setup: Setup, wishes: Sequence[Wish]) -> tuple[Tensor, Iterator[Tensor]]:
+def steps_taken(wish: Wish, setup: Setup) -> int:
+    """Return the steps that a model's checkpoint has; 0 where it begins.
+
+    Errors are those of `steps_done`.
+    """
+    if wish.resume is None:
+        return 0
+    settings = {"n_steps": setup.n_steps, "seed": setup.seed, **_settings(wish, setup)}
+    return steps_done(wish.resume, wish.model, settings)
+
+
+def _settings(wish: Wish, setup: Setup) -> dict[str, float | int]:
+    return {"batch_size": setup.batch_size, "learning_rate": _learning_rate(wish)}
+
+
+def _learning_rate(wish: Wish) -> float:
+    rate = wish.learning_rate
+    return wish.model.default_learning_rate if rate is None else rate
+
+
+def _open(setup: Setup, wishes: Sequence[Wish], n_done: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """Return the first tokens, and the stream of batches after `n_done` of them."""
     return open_data(
         setup.data,
         setup.batch_size,
@@ -118,19 +149,23 @@ def _open(setup: Setup, wishes: Sequence[Wish]) -> tuple[Tensor, Iterator[Tensor
         setup.seed,
         setup.device,
         wishes[0].model.d_in,
+        n_done,
     )
 
 
-def _member(wish: Wish, setup: Setup, first: Tensor) -> Member:
+def _member(wish: Wish, setup: Setup, first: Tensor, n_done: int) -> Member:
     """Prepare a model exactly as `fit` does."""
     model = wish.model.to(setup.device)
     scales = FirstScales(model, first)
     model.n_tokens = setup.n_tokens or size_of(setup.data) or setup.n_steps * setup.batch_size
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, setup.data, setup.n_steps, setup.device, setup.seed)
+    state.settings = _settings(wish, setup)
     schedule = wish.schedule or Schedule(**model.schedule_defaults)
-    rate = model.default_learning_rate if wish.learning_rate is None else wish.learning_rate
-    return Member(wish.index, state, schedule, rate, wish.callbacks, scales)
+    return Member(
+        wish.index, state, schedule, _learning_rate(wish), wish.callbacks, scales, wish.resume,
+        n_done,
+    )  # fmt: skip
 
 
 def _plan(members: Sequence[Member], setup: Setup, room: float) -> list[list[_Part]]:
@@ -152,13 +187,15 @@ def _run_together(
     parts: Sequence[_Part], stream: Iterator[Tensor], bar: tqdm, setup: Setup, room: float
 ) -> None:
     """Fit members on one stream of batches."""
-    models = [member.state.model for part in parts for member in part.members]
+    members = [member for part in parts for member in part.members]
+    models = [member.state.model for member in members]
     room -= sum(part.footprint.resident * len(part.members) for part in parts)
     groups: list[Group] = []
     with seeded(setup.seed, setup.device) as numbers, ExitStack() as stack:
         for model in models:
             stack.callback(model.eval)
             model.train()
+        _resume(members, setup.device)
         for part in parts:
             n_members = _members_at_a_time(part, room)
             is_compiled = setup.compile
@@ -176,6 +213,16 @@ def _run_together(
         except BaseException:
             fits.fail()
             raise
+
+
+def _resume(members: Sequence[Member], device: torch.device) -> None:
+    """Set members, and the random numbers, to where their checkpoints were made."""
+    for member in members:
+        if member.resume is not None:
+            load_checkpoint(member.resume, member.state)
+    furthest_back = min(members, key=lambda member: member.n_done)
+    if furthest_back.resume is not None:
+        load_random_state(furthest_back.resume, device)
 
 
 def _members_at_a_time(part: _Part, room: float) -> int:
