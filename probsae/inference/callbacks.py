@@ -199,6 +199,10 @@ def steps_done(
             )
     config = json.loads((path / "config.json").read_text())
     own = json.loads(json.dumps(describe(model)))  # lists for tuples, as the file has them
+    saved_arguments = config["hyperparameters"]  # older files lack what was added since
+    own["hyperparameters"] = {
+        k: v for k, v in own["hyperparameters"].items() if k in saved_arguments
+    }
     for name in ("class", "hyperparameters"):
         if config[name] != own[name]:
             raise ValueError(

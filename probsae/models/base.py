@@ -120,6 +120,7 @@ class SparseDictionary(nn.Module, ABC):
         # Encoder and decoder, float32; a fit takes four times as much.
         check_memory(8 * int(d_in) * int(d_sae), f"{d_sae} features in {d_in} dimensions")
         self.d_in, self.d_sae, self.learn_noise = int(d_in), int(d_sae), learn_noise
+        self._noise_given = (float(noise_scale), float(noise_floor))
         self.n_tokens: int | None = None
         self.product_dtype: torch.dtype | None = None
         self.W_dec = nn.Parameter(F.normalize(torch.randn(d_sae, d_in), dim=-1))
@@ -190,6 +191,12 @@ class SparseDictionary(nn.Module, ABC):
     def directions(self) -> Float[Tensor, "d_sae d_in"]:
         """Unit rows of `W_dec`, with gradient."""
         return F.normalize(self.W_dec, dim=-1)
+
+    @property
+    def noise_given(self) -> dict[str, float | bool]:
+        """The constructor's arguments of the noise, as they were given; for `hyperparameters`."""
+        scale, floor = self._noise_given
+        return {"noise_scale": scale, "noise_floor": floor, "learn_noise": self.learn_noise}
 
     @property
     def noise_scale(self) -> Tensor:

@@ -75,8 +75,6 @@ class SpikeSlabPrior(nn.Module):
         If the slab is unknown or the Beta's parameters are not positive.
     """
 
-    dimensional = ("slab_mean",)
-
     def __init__(self, d_in: int, d_sae: int, slab: Slab, rate_prior: Sequence[float]):
         super().__init__()
         if slab not in get_args(Slab):

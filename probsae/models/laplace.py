@@ -87,7 +87,7 @@ class LaplaceDictionary(SparseDictionary):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "nonnegative": self.nonnegative,
-            "learn_noise": self.learn_noise,
+            **self.noise_given,
         }
 
     def prior(self) -> Distribution:

@@ -81,7 +81,7 @@ class RectifiedGaussianDictionary(SparseDictionary):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "rate_prior": list(self.code_prior.rate_prior),
-            "learn_noise": self.learn_noise,
+            **self.noise_given,
         }
 
     def prior(self) -> Distribution:

@@ -143,7 +143,7 @@ class SpikeSlabDictionary(SparseDictionary):
             "slab": self.code_prior.slab,
             "encoder_steps": self.encoder_steps,
             "rate_prior": list(self.code_prior.rate_prior),
-            "learn_noise": self.learn_noise,
+            **self.noise_given,
         }
 
     def prior(self) -> Distribution:

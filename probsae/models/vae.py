@@ -107,7 +107,7 @@ class SparseVAE(SparseDictionary):
             "encoder_hidden": self.encoder_hidden,
             "decoder_hidden": self.decoder_hidden,
             "rate_prior": list(self.rate_prior),
-            "learn_noise": self.learn_noise,
+            **self.noise_given,
         }
 
     def prior(self) -> Distribution:
@@ -126,6 +126,19 @@ class SparseVAE(SparseDictionary):
             return CodePosterior(RectifiedNormal(loc, scale, validate_args=False))
         guide = dist.Normal(loc, scale, validate_args=False)
         return CodePosterior(guide, activity_threshold=self.noise_scale.detach())
+
+    @property
+    def firing_rate(self) -> Float[Tensor, " d_sae"]:
+        """Learned prior probability that each feature is active on a token.
+
+        Raises
+        ------
+        AttributeError
+            Under a Laplace prior, which has none.
+        """
+        if self.code_prior is None:
+            raise AttributeError("a Laplace prior has no firing rates: it is never zero")
+        return self.code_prior.rate
 
     @property
     def has_linear_decoder(self) -> bool:

@@ -71,6 +71,18 @@ def test_a_killed_fit_resumes_to_the_same_model(source, tmp_path):
     assert torch.equal(resumed.W_dec, whole.W_dec)
 
 
+def test_a_checkpoint_from_before_the_noise_was_kept_is_gone_on_from(source, tmp_path):
+    whole = small_model()
+    ps.fit(whole, source, callbacks=[Checkpoint(tmp_path / "c", every=30)], **OPTIONS)
+    file = tmp_path / "c" / "config.json"
+    config = json.loads(file.read_text())
+    del config["hyperparameters"]["noise_scale"]
+    file.write_text(json.dumps(config))
+    model = small_model()
+    ps.fit(model, source, resume=tmp_path / "c", **OPTIONS)
+    assert torch.equal(model.W_dec, whole.W_dec)
+
+
 @pytest.mark.parametrize("n_killed", [16, 19])
 def test_a_resumed_fit_takes_its_steps_the_same_way(source, tmp_path, n_killed):
     """Codes near the share up to which a step goes through the kept ones: it changes its way."""

@@ -18,7 +18,6 @@ import probsae as ps
 from probsae.inference import (
     Callback,
     Checkpoint,
-    FeatureTracker,
     NonFiniteElboError,
     ResampleDeadFeatures,
     Schedule,
@@ -495,14 +494,6 @@ def test_firing_rates_wait_for_the_warm_up(source):
 
     ps.fit(model, source, schedule=Schedule(kl_warmup=0.5), callbacks=[Watch()], **OPTIONS)
     assert not torch.allclose(model.firing_rate.detach(), start)
-
-
-def test_feature_tracker(source):
-    tracker = FeatureTracker(source.features, every=10)
-    ps.fit(small_model(), source, callbacks=[tracker], **OPTIONS)
-    assert tracker.history["step"] == [10, 20, 30]
-    assert all(0 <= n <= 10 for n in tracker.history["n_learned"])
-    assert all(0 < m <= 1 for m in tracker.history["mmcs"])
 
 
 def test_wandb_writes_an_offline_run(source, tmp_path, monkeypatch):

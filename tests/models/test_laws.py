@@ -3,6 +3,7 @@
 import copy
 import gc
 import inspect
+import json
 import warnings
 import weakref
 
@@ -260,6 +261,34 @@ def test_predictive_and_prior_draws(variant):
 
 
 @every
+@pytest.mark.parametrize("how", ["sample", "predictive"])
+def test_prior_draws_have_the_models_moments(variant, how):
+    model, _ = build(variant)
+    n_draws, prior = 20_000, model.prior()
+    if how == "sample":
+        x, z = model.sample(n_draws)
+    else:
+        drawn = Predictive(model.model, num_samples=1)(None, n_tokens=n_draws)
+        x, z = drawn["activations"][0].detach(), drawn["codes"][0].detach()
+    law = prior.base_dist
+    # With fewer than 80 active draws a mean is far from normal: those codes are left out here.
+    rate = law.p_active if isinstance(law, SpikeSlab) else torch.ones(D_SAE)
+    seen = (rate > 80 / n_draws).expand(D_SAE)
+    assert seen.sum() > 4
+    error = (z.mean(0) - prior.mean).abs()
+    assert (error <= K_STANDARD_ERRORS * (prior.variance / n_draws).sqrt() + 1e-9)[seen].all()
+    spread = (z - z.mean(0)).square()
+    error = (spread.mean(0) - prior.variance).abs()
+    assert (error <= K_STANDARD_ERRORS * spread.std(0) / n_draws**0.5 + 1e-9)[seen].all()
+    noise = (x - model.decode(z)) / model.noise_scale
+    assert (noise.mean(0).abs() <= K_STANDARD_ERRORS / n_draws**0.5).all()
+    assert ((noise.var(0) - 1).abs() <= K_STANDARD_ERRORS * (2 / n_draws) ** 0.5).all()
+    assert (
+        torch.corrcoef(noise.T).fill_diagonal_(0).abs() < K_STANDARD_ERRORS / n_draws**0.5
+    ).all()
+
+
+@every
 def test_renders(variant):
     model, x = build(variant)
     graph = pyro.render_model(model.model, model_args=(x,))
@@ -278,6 +307,37 @@ def test_a_saved_model_is_the_same_model(variant, tmp_path):
     for key, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[key].to(value.dtype))
     torch.testing.assert_close(loaded.encode(x).mean, model.encode(x).mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        models.SpikeSlabDictionary,
+        models.LaplaceDictionary,
+        models.RectifiedGaussianDictionary,
+        models.SparseVAE,
+    ],
+)
+def test_a_model_is_built_anew_from_its_hyperparameters_with_its_noise(cls):
+    noise = {"noise_scale": 0.25, "noise_floor": 0.125, "learn_noise": False}
+    model = cls(D_IN, D_SAE, **noise)
+    with torch.no_grad():
+        model.log_noise_scale.fill_(1.0)  # as a fit changes it
+    again = cls(**model.hyperparameters())
+    assert float(again.noise_scale) == 0.25
+    assert float(again.noise_floor) == 0.125
+    assert not again.log_noise_scale.requires_grad
+
+
+def test_files_from_before_the_noise_was_kept_are_read(tmp_path):
+    model, _ = build((models.SpikeSlabDictionary, {"noise_scale": 0.25}))
+    models.save(model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    for name in ("noise_scale", "noise_floor"):
+        del config["hyperparameters"][name]
+    file.write_text(json.dumps(config))
+    assert torch.equal(models.load(tmp_path / "model").noise_scale, model.noise_scale)
 
 
 @every
