@@ -16,13 +16,20 @@ from probsae.progress import shown
 
 
 def check_contexts(
-    token_ids: Int[Tensor, "context position"],
+    token_ids: Int[Tensor, "context position"], n_positions: int = 2
 ) -> Int[Tensor, "context position"]:
-    """Return `token_ids` if it holds contexts in which something can be predicted."""
-    if token_ids.ndim != 2 or token_ids.shape[1] < 2 or len(token_ids) == 0:
+    """Return `token_ids` if it holds contexts of so many positions: in two there is a next token.
+
+    Raises
+    ------
+    ValueError
+        If it has another shape, no context, or fewer positions.
+    """
+    if token_ids.ndim != 2 or token_ids.shape[1] < n_positions or len(token_ids) == 0:
         raise ValueError(
             "token_ids must have shape (context, position) with at least one context and at "
-            f"least 2 positions, got {tuple(token_ids.shape)}"
+            f"least {n_positions} position{'s' if n_positions > 1 else ''}, "
+            f"got {tuple(token_ids.shape)}"
         )
     return token_ids
 
@@ -78,10 +85,12 @@ def read_contexts(
     Raises
     ------
     ValueError
-        If the hook is unknown, does not give one vector a token, or the network trains.
+        If there are no contexts, the hook is unknown, does not give one vector a token, or the
+        network trains.
     RuntimeError
         If the model's forward does not pass through the hook.
     """
+    check_contexts(token_ids, n_positions=1)
     point = find_hook(model.network, hook)
     for ids in shown(token_ids.split(batch_size), hook, "batch", progress):
         x = capture([point], partial(model.run, ids))[0]

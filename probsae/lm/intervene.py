@@ -13,7 +13,7 @@ from torch import Tensor
 from probsae.activations.hooks import by_context, edited, find_hook
 from probsae.activations.language_model import LanguageModel
 from probsae.dictionary import Dictionary
-from probsae.lm.contexts import read_contexts, tokens_of, with_tokens
+from probsae.lm.contexts import check_contexts, read_contexts, tokens_of, with_tokens
 
 Features: TypeAlias = int | Sequence[int]
 Values: TypeAlias = float | Sequence[float] | Float[Tensor, " feature"]
@@ -162,14 +162,14 @@ def maximum_codes(
     Raises
     ------
     ValueError
-        If the hook is unknown.
+        If `token_ids` hold no token, or none but first positions, or the hook is unknown.
     """
+    check_contexts(token_ids, n_positions=1 + keep_first)
     largest = None
     for x in read_contexts(model, hook, token_ids, batch_size=batch_size, progress=progress):
         here = dictionary.encode(tokens_of(x, int(keep_first))).mean.amax(0)
         largest = here if largest is None else torch.maximum(largest, here)
-    if largest is None:
-        raise ValueError("token_ids must hold at least one context, got none")
+    assert largest is not None
     return largest
 
 

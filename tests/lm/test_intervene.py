@@ -133,6 +133,23 @@ def test_maximum_codes():
     for batch_size in (1, 3):
         largest = maximum_codes(model, HOOK, dictionary, IDS, batch_size=batch_size)
         torch.testing.assert_close(largest, z.amax(0))
+    one = maximum_codes(model, HOOK, dictionary, IDS[:, :1], keep_first=False)
+    assert one.shape == (dictionary.d_sae,)
+
+
+NO_TOKENS = [((0, 5), False), ((3, 0), False), ((3, 1), True)]
+
+
+@pytest.mark.parametrize(("shape", "keep_first"), NO_TOKENS)
+def test_maximum_codes_of_no_tokens(shape, keep_first):
+    ids = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=rf"token_ids must .* least {1 + keep_first} position"):
+        maximum_codes(tiny_llama(), HOOK, partial_dictionary(), ids, keep_first=keep_first)
+
+
+def test_no_contexts_are_not_read():
+    with pytest.raises(ValueError, match=r"at least one context .* got \(0, 5\)"):
+        read_tokens(tiny_llama(), HOOK, torch.zeros(0, 5, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
