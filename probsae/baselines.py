@@ -151,7 +151,7 @@ class Baseline(ABC):
             If `x` is not as `check_activations` asks.
         """
         W_dec, _ = self._fitted()
-        x = check_activations(x, W_dec.shape[1]).float().cpu()
+        x = check_activations(x, W_dec.shape[1], torch.float32).float().cpu()
         with numpy_untouched():
             return PointPosterior(self._codes(x))
 

@@ -112,7 +112,7 @@ def dictionaries_to_arviz(
     ('chain', 'draw', 'feature')
     """
     _check(models, posteriors, n_draws, n_importance)
-    x = check_activations(x, models[0].d_in).to(models[0].b_dec)
+    x = check_activations(x, models[0].d_in, models[0].b_dec.dtype).to(models[0].b_dec)
     features = _check_features(features, models[0].d_sae)
     _check_size(models[0], len(x), len(features), len(models) * n_draws, n_importance)
     reference = posteriors[0].mean

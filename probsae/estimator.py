@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from probsae.activations.source import ActivationSource
+from probsae.activations.source import ActivationSource, check_activations
 from probsae.inference.fit import FitResult, fit
 from probsae.metrics.reconstruction import fvu
 from probsae.models.base import SparseDictionary
@@ -94,7 +94,7 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         self._check_types(X)
         seed = _seed(self.random_state)
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
-        x = torch.from_numpy(np.array(X, dtype=np.float32))
+        x = check_activations(X, dtype=torch.float32).float()
         with seeded(seed):
             model = self.model(
                 d_in=x.shape[1], d_sae=self.n_components, **(self.model_options or {})

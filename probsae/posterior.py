@@ -83,7 +83,7 @@ def to_arviz(
     >>> idata.posterior["codes"].dims
     ('chain', 'draw', 'token', 'feature')
     """
-    x = check_activations(x, model.d_in).to(model.b_dec)
+    x = check_activations(x, model.d_in, model.b_dec.dtype).to(model.b_dec)
     n_total = n_draws * n_chains
     if n_draws < 1 or n_chains < 1:
         raise ValueError(f"n_draws and n_chains must be at least 1, got {n_draws} and {n_chains}")

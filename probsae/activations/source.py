@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -50,7 +50,9 @@ _TEXT_ADVICE = (
 ActivationData: TypeAlias = Tensor | np.ndarray | ActivationSource | Iterable[Tensor]
 
 
-def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "token d_in"]:
+def check_activations(
+    x: object, d_in: int | None = None, dtype: torch.dtype | None = None
+) -> Float[Tensor, "token d_in"]:
     """Return `x` as a finite float tensor of shape (token, d_in), or say what is wrong with it.
 
     Parameters
@@ -59,28 +61,47 @@ def check_activations(x: object, d_in: int | None = None) -> Float[Tensor, "toke
         Activations.
     d_in : int, optional
         Width that the activations must have.
+    dtype : torch.dtype, optional
+        Of floats in whose range they must be, since they will be taken to it; that of `x` where
+        None.
 
     Returns
     -------
     Tensor, shape (token, d_in)
-        On the memory of `x` where it can be; integers become single precision.
+        On the memory of `x` where it can be, not yet in `dtype`; integers become single precision.
 
     Raises
     ------
     TypeError
         If `x` is neither a tensor nor an array of real numbers.
     ValueError
-        If `x` is not 2-D, has no rows, has another width, or holds NaN or infinite values.
+        If `x` is not 2-D, has no rows, has another width, or holds NaN, infinite values or, where
+        there is a `dtype`, values too large for it.
     """
     x = check_shape(x, d_in)
-    if not all_finite(x):
-        is_bad = ~torch.isfinite(x).all(dim=1)
-        row = int(is_bad.nonzero()[0])
+    if not are_finite(x, dtype):
+        _check_finite(x)
+        is_bad = ~torch.isfinite(x.to(dtype)).all(dim=1)
         raise ValueError(
-            f"activations must be finite: {int(is_bad.sum())} of {len(x)} tokens hold NaN or "
-            f"infinity, the first is token {row}; drop them, or harvest in bfloat16 or float32"
+            f"activations must be in the range of {dtype}, up to {torch.finfo(dtype).max:.4g}: "
+            f"{_holding(is_bad, 'larger values')}; divide all activations by one number"
         )
     return x
+
+
+def _check_finite(x: Tensor) -> None:
+    is_bad = ~torch.isfinite(x).all(dim=1)
+    if is_bad.any():
+        raise ValueError(
+            f"activations must be finite: {_holding(is_bad, 'NaN or infinity')}; drop them, or "
+            "harvest in bfloat16 or float32"
+        )
+
+
+def _holding(is_bad: Bool[Tensor, " token"], what: str) -> str:
+    """Say how many tokens hold what they must not, and which is the first."""
+    row = int(is_bad.nonzero()[0])
+    return f"{int(is_bad.sum())} of {len(is_bad)} tokens hold {what}, the first is token {row}"
 
 
 def all_finite(x: Tensor) -> bool:
@@ -88,9 +109,12 @@ def all_finite(x: Tensor) -> bool:
     return bool(are_finite(x))
 
 
-def are_finite(x: Tensor) -> Tensor:
-    """Return that as a tensor, for which nothing waits: both reach the extremes, a single pass."""
-    return torch.isfinite(torch.stack(torch.aminmax(x))).all()
+def are_finite(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return that as a tensor, for which nothing waits; of `x` in `dtype`, where there is one.
+
+    NaN, infinities and what is too large reach the extremes, which take a single pass.
+    """
+    return torch.isfinite(torch.stack(torch.aminmax(x)).to(dtype)).all()
 
 
 def check_shape(x: object, d_in: int | None = None) -> Float[Tensor, "token d_in"]:
@@ -186,14 +210,15 @@ def batches(
     ------
     ValueError
         If `batch_size` is below 1, a source has no tokens, or activations are not as
-        `check_activations` asks; batches of an iterable are checked as they come.
+        `check_activations` asks, in the range of single precision; batches of an iterable are
+        checked as they come.
     TypeError
         If `data` are none of these.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(data, Tensor | np.ndarray):
-        return _shuffled(check_activations(data), batch_size, seed, device)
+        return _shuffled(check_activations(data, dtype=torch.float32), batch_size, seed, device)
     if isinstance(data, ActivationSource):
         if size_of(data) == 0:
             raise ValueError(f"data must hold at least one token, got none from {data!r}")
@@ -271,7 +296,7 @@ def _checked(data: Iterable[Tensor], device: torch.device | str | None) -> Itera
     """Pass batches on, each checked, and as wide as the first."""
     d_in = None
     for batch in data:
-        x = check_activations(batch, d_in)
+        x = check_activations(batch, d_in, torch.float32)
         d_in = x.shape[1]
         yield x.to(device, torch.float32)
 

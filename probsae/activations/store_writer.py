@@ -192,9 +192,11 @@ class StoreWriter:
         stored = x.to(DTYPES[self.dtype])
         if not all_finite(stored):
             check_activations(x)
+            is_half = self.dtype == "float16"
+            advice = "store bfloat16 or float32" if is_half else "divide them all by one number"
             raise ValueError(
                 f"activations up to {float(x.abs().max()):.4g} do not fit into {self.dtype}, which "
-                f"ends at {torch.finfo(stored.dtype).max:.4g}; store bfloat16 or float32"
+                f"ends at {torch.finfo(stored.dtype).max:.4g}; {advice}"
             )
         labels = (_labels(value, len(x)) for value in (tokens, documents, positions))
         data = TokenData(stored, *labels)

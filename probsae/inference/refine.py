@@ -117,7 +117,7 @@ class Refinement:
     def __call__(self, x: Float[Tensor, "token d_in"] | np.ndarray) -> CodePosterior:
         """Return the refined posterior of the codes of `x`."""
         model, n_candidates = self.model, self.n_candidates
-        x = check_activations(x, model.d_in).to(model.b_dec)
+        x = check_activations(x, model.d_in, model.b_dec.dtype).to(model.b_dec)
         prior, directions, gram = spike_slab_prior(model), model.dictionary(), None
         widest = max(n_candidates * max(model.d_in, n_candidates), model.d_sae)
         # All pairs of features at once, where that is less than those of each token.

@@ -58,7 +58,7 @@ def point_sae(model: SparseDictionary, x: Tensor | np.ndarray) -> JumpReLUSAE:
     """
     if not model.has_linear_decoder:
         raise ValueError(f"a {type(model).__name__} with an MLP decoder has no point SAE")
-    x = check_activations(x, model.d_in).to(model.b_dec)
+    x = check_activations(x, model.d_in, model.b_dec.dtype).to(model.b_dec)
     p, mean = _codes(model, x)
     centered = x - model.b_dec
     gram = centered.T @ centered

@@ -19,7 +19,7 @@ def with_posterior(
     ValueError
         If the activations do not fit the model, or the posterior is not theirs.
     """
-    x = check_activations(x, model.d_in).to(model.b_dec)
+    x = check_activations(x, model.d_in, model.b_dec.dtype).to(model.b_dec)
     posterior = model.encode(x) if posterior is None else posterior
     if posterior.mean.shape != (len(x), model.d_sae):
         raise ValueError(

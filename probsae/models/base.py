@@ -245,7 +245,7 @@ class SparseDictionary(nn.Module, ABC):
             from probsae.inference.refine import refine as refined  # it imports the models
 
             return refined(self, x)
-        x = check_activations(x, self.d_in).to(self.b_dec)
+        x = check_activations(x, self.d_in, self.b_dec.dtype).to(self.b_dec)
         if not x.is_cuda:  # mean and p_active, at least; a GPU says it itself
             n_bytes = 2 * len(x) * self.d_sae * x.element_size()
             check_memory(n_bytes, f"the codes of {len(x)} tokens, {self.d_sae} features")
@@ -332,7 +332,7 @@ class SparseDictionary(nn.Module, ABC):
         """
         if bool(self.is_initialized):
             return
-        x = check_activations(x, self.d_in).to(self.b_dec)
+        x = check_activations(x, self.d_in, self.b_dec.dtype).to(self.b_dec)
         self.b_dec.copy_(geometric_median(x))
         x_centered = limit_norms(x - self.b_dec)
         # Equal tokens have no deviation: what rounding leaves of their size stands in for it.

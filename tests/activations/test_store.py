@@ -245,6 +245,8 @@ def test_bad_values_keep_what_is_written(tmp_path, x, value):
 def test_overflow_of_float16_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"do not fit into float16.*bfloat16"):
         StoreWriter(tmp_path / "s", 2, dtype="float16").append(torch.full((3, 2), 1e5))
+    with pytest.raises(ValueError, match=r"do not fit into bfloat16.*divide"):
+        StoreWriter(tmp_path / "t", 2).append(torch.full((3, 2), 1e39, dtype=torch.float64))
 
 
 def test_missing_and_unfinished_stores(tmp_path, x):

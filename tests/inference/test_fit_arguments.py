@@ -29,6 +29,7 @@ class Narrow(ps.SyntheticActivations):
     [
         (torch.zeros(50, 9), ValueError, "d_in=8 columns"),
         (torch.full((50, 8), torch.inf), ValueError, "finite"),
+        (torch.full((50, 8), 1e39, dtype=torch.float64), ValueError, "range of torch.float32"),
         (torch.zeros(0, 8), ValueError, "at least one token"),
         (iter([]), ValueError, "empty iterator"),
         (torch.zeros(50), ValueError, "shape"),

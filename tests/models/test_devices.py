@@ -36,7 +36,7 @@ def test_a_step_stays_on_its_device(variant):
 def test_refining_stays_on_its_device(kind, monkeypatch):
     # What is looked at, once for all tokens, is whether they are finite.
     module = importlib.import_module("probsae.inference.refine")
-    monkeypatch.setattr(module, "check_activations", lambda x, d_in: x)
+    monkeypatch.setattr(module, "check_activations", lambda x, *_: x)
     q = ps.refine(SPIKE_SLABS[kind]().to("meta"), torch.randn(32, 8, device="meta"))
     for value in (q.mean, q.variance, q.p_active):
         assert value.device.type == "meta"

@@ -87,7 +87,7 @@ def enumerate_supports(
         )
     prior = spike_slab_prior(model)
     require_linear_decoder(model)
-    x = check_activations(x, model.d_in).to(model.b_dec)
+    x = check_activations(x, model.d_in, model.b_dec.dtype).to(model.b_dec)
     problem = FixedDictionary.of(model, prior)
     sizes = [math.comb(model.d_sae, k) * max(k, 1) for k in range(model.d_sae + 1)]
     chunk = max(1, _MAX_NUMBERS // max(sizes))

@@ -116,7 +116,7 @@ def gibbs(
         )
     prior = spike_slab_prior(model)
     require_linear_decoder(model)
-    x = check_activations(x, model.d_in).to(model.b_dec)
+    x = check_activations(x, model.d_in, model.b_dec.dtype).to(model.b_dec)
     with own_stream("gibbs", seed, x.device):
         chains = _GibbsState(model, prior, x, n_chains, row_precision, noise_prior)
         draws: list[tuple[Tensor, ...]] = []

@@ -74,7 +74,7 @@ def nuts(
             f"NUTS needs codes with a density, and {type(model).__name__} has an atom at zero or "
             "no posterior; use inference.gibbs for spike-and-slab"
         )
-    x = check_activations(x, model.d_in).to(model.b_dec)
+    x = check_activations(x, model.d_in, model.b_dec.dtype).to(model.b_dec)
     fixed = copy.deepcopy(model).requires_grad_(False)  # the gradient is the codes' alone
     program = poutine.block(fixed.model, hide_types=["param"])
     draws = []
