@@ -17,7 +17,7 @@ from probsae.metrics.reconstruction import fvu
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.spike_slab import SpikeSlabDictionary
-from probsae.seeding import seeded
+from probsae.seeding import own_stream
 
 
 class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -95,7 +95,7 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         seed = _seed(self.random_state)
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         x = check_activations(X, dtype=torch.float32).float()
-        with seeded(seed):
+        with own_stream("estimator", seed, torch.device("cpu")):
             model = self.model(
                 d_in=x.shape[1], d_sae=self.n_components, **(self.model_options or {})
             )

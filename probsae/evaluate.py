@@ -18,7 +18,7 @@ from probsae.dictionary import Dictionary, posterior_batches
 from probsae.metrics.arrays import ArrayLike, as_tensor
 from probsae.models.base import SparseDictionary
 from probsae.scores import Scores
-from probsae.seeding import seeded
+from probsae.seeding import own_stream
 from probsae.synthetic import SyntheticActivations
 
 
@@ -66,7 +66,7 @@ def evaluate(
     check_tokens_differ(x)
     rows = []
     for name, item in named.items():
-        with seeded(seed, item.dictionary().device):
+        with own_stream("evaluate", seed, item.dictionary().device):
             rows.append(_row(name, item, x, features, z))
     return Report(tuple(rows), len(x), {"seed": seed})
 

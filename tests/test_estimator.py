@@ -67,6 +67,14 @@ def test_same_seed_same_model():
     np.testing.assert_array_equal(fits[0].components_, fits[1].components_)
 
 
+def test_a_fit_does_not_begin_at_features_from_torchs_generator():
+    torch.manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(32, 16), dim=1)
+    X = ((torch.rand(500, 32) < 0.1) * torch.rand(500, 32) @ features).numpy()
+    estimator = ps.DictionaryEstimator(n_components=32, n_steps=1, random_state=0).fit(X)
+    assert ps.metrics.mmcs(estimator.dictionary(), features) < 0.8  # 1 from the same numbers
+
+
 def test_the_fits_result_is_kept():
     X = np.random.default_rng(0).normal(size=(50, 6))
     estimator = ps.DictionaryEstimator(n_components=8, n_steps=5, batch_size=10).fit(X)

@@ -171,6 +171,14 @@ def test_sampled_elbos_are_reproducible_and_leave_the_callers_stream_alone(data)
     assert torch.equal(torch.rand(3), after)
 
 
+def test_sampled_elbos_do_not_draw_what_may_have_made_the_data(data, monkeypatch):
+    monkeypatch.setattr("probsae.scores._sampled_elbo", lambda *_: float(torch.randn(())))
+    model = ps.SparseVAE(d_in=12, d_sae=10, decoder_hidden=8)
+    drawn = ps.evaluate([model], data, n_tokens=2, seed=7).rows[0].elbo
+    torch.manual_seed(7)
+    assert 2 * drawn != pytest.approx(float(torch.randn(())))
+
+
 def test_without_truth_recovery_is_left_out():
     model = ps.SpikeSlabDictionary(d_in=12, d_sae=10)
     report = ps.evaluate([model], torch.randn(100, 12))
