@@ -90,6 +90,22 @@ def test_probe_ignores_constant_features_and_says_what_is_wrong():
         probing.fit_probe(codes, labels, penalty=0.0)
 
 
+@pytest.mark.parametrize("n_features", [None, 2])
+def test_codes_that_never_vary_carry_nothing(n_features):
+    labels = torch.arange(45) % 3 == 0
+    task = probing.concept_task(labels, n_controls=3)
+    found = probing.selectivity(task, torch.full((45, 4), 0.3), n_features=n_features)
+    assert found.accuracy == 0.5
+    assert found.control_accuracies.tolist() == [0.5] * 3
+    assert (found.value, *found.interval()) == (0, 0, 0)
+    # A code that varies in one fold only is seen by the probes of the others, and by no other.
+    alone = torch.zeros(45, 1)
+    fold = torch.from_numpy(task.folds == 0)
+    alone[fold, 0] = labels[fold].float()
+    found = probing.selectivity(task, alone, n_features=n_features)
+    assert found.accuracy == pytest.approx(0.5, abs=1e-12)
+
+
 # ------------------------------------------------------------------------ significance
 
 

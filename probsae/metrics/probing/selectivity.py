@@ -92,10 +92,11 @@ def selectivity(
 
     Notes
     -----
-    The interval covers which types and which control assignments were drawn, not which folds;
-    probes are not fitted again for each resample. Source: Hewitt and Liang (2019), section 2.2;
-    k-sparse probes: Gurnee et al. (2023), "Finding neurons in a haystack", with the choice of
-    features by difference of means.
+    Where no code varies over a fold's training tokens, one class is the answer for all of the fold,
+    whose balanced accuracy is chance. The interval covers which types and which control
+    assignments were drawn, not which folds; probes are not fitted again for each resample.
+    Source: Hewitt and Liang (2019), section 2.2; k-sparse probes: Gurnee et al. (2023), "Finding
+    neurons in a haystack", with the choice of features by difference of means.
 
     Examples
     --------
@@ -167,14 +168,19 @@ def _ranking(train: np.ndarray, labels: np.ndarray) -> Int[np.ndarray, "assignme
     return np.argsort(-size, axis=1, kind="stable")
 
 
-def _spaces(train: np.ndarray, test: np.ndarray) -> tuple[ProbeSpace, np.ndarray]:
+def _spaces(train: np.ndarray, test: np.ndarray) -> tuple[ProbeSpace | None, np.ndarray]:
+    """Return the space of a fold's probes and its other tokens there; None where none varies."""
+    if not np.ptp(train, axis=0).any():
+        return None, test
     space = ProbeSpace(train)
     return space, space(test)
 
 
 def _decide(
-    space: ProbeSpace, at_test: np.ndarray, labels: np.ndarray, penalty: float
+    space: ProbeSpace | None, at_test: np.ndarray, labels: np.ndarray, penalty: float
 ) -> Bool[np.ndarray, " token"]:
+    if space is None:  # an intercept alone, 0 where classes weigh the same: one class for all
+        return np.zeros(len(at_test), dtype=bool)
     coefficients, intercept = space.solve(labels, penalty)
     return at_test @ coefficients + intercept > 0
 
