@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,6 +26,7 @@ from probsae.inference.callbacks import (
 from probsae.inference.elbo import require_full_precision
 from probsae.inference.guard import FiniteGuard, NonFiniteElboError
 from probsae.inference.loop import Fits, progress_bar, run
+from probsae.inference.pyro_objective import check_draws
 from probsae.inference.schedule import Schedule
 from probsae.inference.start import (
     FirstScales,
@@ -130,7 +131,8 @@ def fit(
         family's own where None.
     elbo : pyro.infer.ELBO, optional
         Any Pyro ELBO, on the model's Pyro programs, instead of the closed form. A model whose
-        decoder is not linear uses `TraceMeanField_ELBO()`.
+        decoder is not linear uses `TraceMeanField_ELBO()`, which takes no spike-and-slab codes:
+        their draws have no gradient.
     objective : callable, optional
         (model, x, kl_weight) -> Objective, instead of either: another loss, such as
         `probsae.lm.EndToEnd`. It is given whole batches as `data` deals them out.
@@ -200,6 +202,9 @@ def fit(
     model.to(device)
     is_closed = elbo is None and objective is None and model.has_linear_decoder
     check_hooks(model, is_sampled=not is_closed)
+    if objective is None and not is_closed:
+        elbo = TraceMeanField_ELBO() if elbo is None else elbo
+        check_draws(model, elbo)
     scales = FirstScales(model, first)
     model.n_tokens = operator.index(n_tokens or size_of(data) or n_steps * batch_size)
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))

@@ -7,12 +7,36 @@ from contextlib import nullcontext
 
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
-from probsae.inference.elbo import Objective
-from probsae.models.base import SparseDictionary, as_event
+from probsae.inference.elbo import ExactELBO, Objective
+from probsae.models.base import SparseDictionary, as_event, in_evaluation
 from probsae.models.code_posterior import CodePosterior
+
+
+@torch.no_grad()
+def check_draws(model: SparseDictionary, elbo: ELBO) -> None:
+    """Look whether the model's codes can be drawn as the ELBO must draw them.
+
+    Raises
+    ------
+    TypeError
+        If it takes the gradient through the draws, and the posterior's are not differentiable: a
+        spike-and-slab code is exactly zero, or not.
+    """
+    if not isinstance(elbo, TraceMeanField_ELBO) or isinstance(elbo, ExactELBO):
+        return
+    with in_evaluation(model):
+        law = model.posterior(model.b_dec[None]).distribution
+    if not law.has_rsample:
+        name = type(model).__name__
+        closed = "leave elbo out for the closed form, or " if model.has_linear_decoder else ""
+        raise TypeError(
+            f"elbo={type(elbo).__name__}() differentiates draws of the codes, and those of {name} "
+            f"({type(law).__name__}) have no gradient; {closed}pass elbo=pyro.infer.Trace_ELBO(), "
+            "which estimates it by the score function, with far more noise"
+        )
 
 
 def pyro_objective(elbo: ELBO) -> Callable[..., Objective]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 from torch import Tensor
 
 from probsae.inference.compiling import compiled_objective, has_compiler
@@ -55,8 +55,6 @@ def training_step(
     """
     if loss_function is not None:
         return lambda *inputs: _differentiate(loss_function, *inputs[:3])
-    if elbo is None and not model.has_linear_decoder:
-        elbo = TraceMeanField_ELBO()
     if elbo is not None:
         sampled = pyro_objective(elbo)
         return lambda *inputs: _differentiate(sampled, *inputs[:3])

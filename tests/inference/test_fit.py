@@ -382,6 +382,17 @@ def test_any_pyro_elbo_can_be_passed(source):
     assert losses[0] == pytest.approx(losses[2], abs=1.0)
 
 
+def test_draws_without_a_gradient_are_refused_where_they_need_one(source):
+    model = small_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(TypeError, match=r"TraceMeanField_ELBO.*leave elbo out .*Trace_ELBO"):
+        ps.fit(model, source, elbo=pyro.infer.TraceMeanField_ELBO(), **OPTIONS)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    for elbo in (Trace_ELBO(), ps.inference.ExactELBO()):
+        result = ps.fit(model, source, elbo=elbo, **OPTIONS | {"n_steps": 2})
+        assert np.isfinite(result.history["elbo"]).all()
+
+
 class StudentPrior(LinearLaplace):
     """A pair of laws whose Kullback-Leibler divergence has no closed form."""
 
