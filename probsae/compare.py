@@ -145,7 +145,9 @@ def compare(
             histories[name] = result.history
         dictionaries[name] = dictionary
     with _spinner("evaluation", progress):
-        report = evaluate(dictionaries, data, n_tokens=_N_EVALUATION_TOKENS, seed=seed + 1)
+        report = evaluate(
+            dictionaries, data, n_tokens=_N_EVALUATION_TOKENS, seed=seed + 1, progress=False
+        )
     return Comparison(report, dictionaries, histories)
 
 

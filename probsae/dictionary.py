@@ -27,11 +27,18 @@ class Dictionary(Protocol):
 
 
 def posterior_batches(
-    dictionary: Dictionary, x: Float[Tensor, "token d_in"], *, progress: bool | None = False
+    dictionary: Dictionary,
+    x: Float[Tensor, "token d_in"],
+    name: str = "encode",
+    *,
+    progress: bool | None = False,
 ) -> Iterator[tuple[slice, Tensor, CodePosterior]]:
-    """Encode `x` in pieces that fit in memory; yields where, the piece, and its posterior."""
+    """Encode `x` in pieces that fit in memory; yields where, the piece, and its posterior.
+
+    `name` is what the bar is called.
+    """
     size = piece_length(len(dictionary.dictionary()))
-    for start in shown(range(0, len(x), size), "encode", "batch", progress):
+    for start in shown(range(0, len(x), size), name, "batch", progress):
         where = slice(start, min(start + size, len(x)))
         yield where, x[where], dictionary.encode(x[where])
 

@@ -29,6 +29,7 @@ def evaluate(
     *,
     n_tokens: int = 32_768,
     seed: int = 1,
+    progress: bool | None = None,
 ) -> Report:
     """Compare dictionaries on the same held-out tokens.
 
@@ -46,7 +47,11 @@ def evaluate(
         Tokens to evaluate on; all of the data where there are fewer. A feature that fires on
         one token in 3,000 is then alive with probability .99998.
     seed : int, default 1
-        Of the choice, or draw, of tokens.
+        Of the choice, or draw, of tokens: those of a synthetic source are the ones that its
+        `sample(n_tokens, seed=seed)` gives, so fit to others.
+    progress : bool, optional
+        Show a bar for each dictionary; by default on terminals, where it takes longer than two
+        seconds.
 
     Returns
     -------
@@ -59,7 +64,8 @@ def evaluate(
         If there is no dictionary, names repeat, widths differ, the codes do not fit the data, or
         there are not two different tokens.
     TypeError
-        If something else than a dictionary came.
+        If something else than a dictionary came, `truth` is neither a source nor a pair, or `data`
+        are no activations.
     """
     named = _named(dictionaries)
     x, features, z = _held_out(data, truth, n_tokens, seed)
@@ -67,7 +73,7 @@ def evaluate(
     rows = []
     for name, item in named.items():
         with own_stream("evaluate", seed, item.dictionary().device):
-            rows.append(_row(name, item, x, features, z))
+            rows.append(_row(name, item, x, features, z, progress))
     return Report(tuple(rows), len(x), {"seed": seed})
 
 
@@ -103,11 +109,16 @@ def _held_out(
 
 
 def _row(
-    name: str, dictionary: Dictionary, x: Tensor, features: Tensor | None, z: Tensor | None
+    name: str,
+    dictionary: Dictionary,
+    x: Tensor,
+    features: Tensor | None,
+    z: Tensor | None,
+    progress: bool | None,
 ) -> Row:
     learned = dictionary.dictionary().cpu()
     scores = Scores(len(learned), learned, features)
-    for where, piece, posterior in posterior_batches(dictionary, x):
+    for where, piece, posterior in posterior_batches(dictionary, x, name, progress=progress):
         scores.add(dictionary, piece, posterior, None if z is None else z[where])
     is_probabilistic, noise = False, None
     if isinstance(dictionary, SparseDictionary) and not dictionary.is_deterministic:

@@ -34,7 +34,14 @@ def test_items_pass_and_nothing_shows_off_a_terminal(capsys):
     assert capsys.readouterr().err == ""
 
 
+def spike_slab():
+    return ps.SpikeSlabDictionary(d_in=16, d_sae=8)
+
+
 LOOPS = {
+    "evaluate": lambda p: ps.evaluate([signed_identity(16), spike_slab()], X, progress=p),
+    "refine": lambda p: ps.refine(spike_slab(), X, progress=p),
+    "gibbs": lambda p: ps.inference.gibbs(spike_slab(), X, n_draws=2, n_warmup=1, progress=p),
     "read_contexts": lambda p: list(read_contexts(tiny_llama(), HOOK, IDS, progress=p)),
     "read_tokens": lambda p: read_tokens(tiny_llama(), HOOK, IDS, progress=p),
     "maximum_codes": lambda p: maximum_codes(

@@ -18,6 +18,7 @@ from probsae.inference.compiling import compiled_function
 from probsae.inference.elbo import require_full_precision, require_linear_decoder
 from probsae.models.base import SparseDictionary, in_evaluation
 from probsae.models.code_posterior import CodePosterior
+from probsae.progress import shown
 
 # Numbers that one array of a chunk of tokens may hold: 64 MiB in float32.
 _MAX_NUMBERS = 2**24
@@ -30,6 +31,8 @@ def refine(
     x: Float[Tensor, "token d_in"] | np.ndarray,
     n_sweeps: int = 3,
     n_candidates: int = 24,
+    *,
+    progress: bool | None = None,
 ) -> CodePosterior:
     """Improve the encoder's posterior of each token by coordinate ascent on its ELBO.
 
@@ -48,6 +51,8 @@ def refine(
         Visits to each candidate.
     n_candidates : int, default 24
         Features visited for each token; all of them where the model has fewer.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
 
     Returns
     -------
@@ -79,7 +84,7 @@ def refine(
     >>> bool((after >= before - 1e-4).all())
     True
     """
-    return Refinement(model, n_sweeps, n_candidates)(x)
+    return Refinement(model, n_sweeps, n_candidates)(x, progress=progress)
 
 
 class Refinement:
@@ -114,8 +119,10 @@ class Refinement:
             self.look = compiled_function(_look, on_cpu=not model.b_dec.is_cuda)
 
     @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "token d_in"] | np.ndarray) -> CodePosterior:
-        """Return the refined posterior of the codes of `x`."""
+    def __call__(
+        self, x: Float[Tensor, "token d_in"] | np.ndarray, *, progress: bool | None = False
+    ) -> CodePosterior:
+        """Return the refined posterior of the codes of `x`; `progress` as of `refine`."""
         model, n_candidates = self.model, self.n_candidates
         x = check_activations(x, model.d_in, model.b_dec.dtype).to(model.b_dec)
         prior, directions, gram = spike_slab_prior(model), model.dictionary(), None
@@ -127,7 +134,7 @@ class Refinement:
         piece = chunk if x.is_cuda else min(chunk, max(_MIN_PIECE_TOKENS, _PIECE // model.d_sae))
         precision = model.noise_scale.reciprocal().square()
         parts: list[_Law] = []
-        for part in x.split(chunk):
+        for part in shown(x.split(chunk), "refine", "batch", progress):
             with in_evaluation(model):
                 starts = [self._start(p, directions) for p in part.split(piece)]
             parts += _improve(starts, prior, precision, self.n_sweeps, directions, gram)

@@ -18,6 +18,7 @@ from probsae.inference.exact.enumeration import FixedDictionary
 from probsae.inference.refine import spike_slab_prior
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import learned_spike_slab
+from probsae.progress import shown
 from probsae.seeding import own_stream
 
 QUANTITIES = ("codes", "dictionary", "rates", "noise")
@@ -57,6 +58,7 @@ def gibbs(
     row_precision: float | None = None,
     noise_prior: tuple[float, float] = (1e-3, 1e-3),
     seed: int = 0,
+    progress: bool | None = None,
 ) -> GibbsDraws:
     """Sample the posterior of a spike-and-slab model, chains side by side.
 
@@ -78,6 +80,8 @@ def gibbs(
         Shape and rate of the Gamma prior of 1 / noise variance.
     seed : int
         Of the draws.
+    progress : bool, optional
+        Show a bar; by default on terminals, where it takes longer than two seconds.
 
     Returns
     -------
@@ -120,7 +124,7 @@ def gibbs(
     with own_stream("gibbs", seed, x.device):
         chains = _GibbsState(model, prior, x, n_chains, row_precision, noise_prior)
         draws: list[tuple[Tensor, ...]] = []
-        for step in range(n_warmup + n_draws):
+        for step in shown(range(n_warmup + n_draws), "gibbs", "draw", progress):
             chains.advance(sample)
             if step >= n_warmup:
                 draws.append(chains.snapshot())
