@@ -73,11 +73,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The comparison, and what it was made on."""
+    """The comparison, and what it was made on; `report["name"]` is a method's row.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+        One for each dictionary, in the order they came.
+    n_tokens : int
+        Held-out tokens.
+    facts : dict
+        What else belongs to it, JSON-ready: `evaluate` puts its seed here.
+    """
 
     rows: tuple[Row, ...]
     n_tokens: int
-    """Held-out tokens."""
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, method: str) -> Row:
@@ -87,12 +96,43 @@ class Report:
         raise KeyError(f"no method {method!r}; there are {[row.method for row in self.rows]}")
 
     def to_json(self) -> str:
-        """Return the report as JSON text; `from_json` reads it back."""
+        """Return the report as JSON text; `from_json` reads it back.
+
+        Returns
+        -------
+        str
+            An object with `rows`, `n_tokens` and `facts`.
+
+        Raises
+        ------
+        ValueError
+            If a figure is NaN or infinite.
+        TypeError
+            If the facts are not JSON-ready.
+        """
         return json.dumps(asdict(self), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote.
+
+        Parameters
+        ----------
+        text : str
+            JSON.
+
+        Returns
+        -------
+        Report
+            Equal to the one that was written.
+
+        Raises
+        ------
+        ValueError
+            If the text is no JSON.
+        KeyError, TypeError
+            If it is that of something else than a report.
+        """
         value = json.loads(text)
         return cls(tuple(Row(**row) for row in value["rows"]), value["n_tokens"], value["facts"])
 

@@ -82,12 +82,25 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         self.device = device
 
     def fit(self, X: Any, y: object = None) -> DictionaryEstimator:
-        """Fit to `X`, shape (token, d_in); `y` is ignored.
+        """Fit to `X`.
+
+        Parameters
+        ----------
+        X : array, shape (token, d_in)
+            Activations, finite; taken to single precision.
+        y : object
+            Ignored.
+
+        Returns
+        -------
+        DictionaryEstimator
+            Itself, fitted.
 
         Raises
         ------
         ValueError
-            If `X` has fewer than two tokens, or values that are not finite.
+            If `X` has fewer than two tokens, or values that are not finite in single precision; if
+            an argument of the model or of the fit is not usable.
         TypeError
             If `model` is no class of dictionaries, or `X` no array.
         """
@@ -114,38 +127,160 @@ class DictionaryEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         return self
 
     def transform(self, X: Any) -> np.ndarray:
-        """Return the codes' posterior means, shape (token, n_components)."""
+        """Return the codes' posterior means.
+
+        Parameters
+        ----------
+        X : array, shape (token, n_features_in_)
+            Activations, in the units of the fit.
+
+        Returns
+        -------
+        ndarray, shape (token, n_components)
+            Units of the activations, in the precision of `X`: single or double.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            If `X` has another width than the data of the fit, or values that are not finite.
+        """
         x, dtype = self._validated(X)
         return self.dictionary_.encode(x).mean.numpy().astype(dtype)
 
     def encode(self, X: Any) -> CodePosterior:
-        """Return the posterior of the codes of `X`, in float64; see `SparseDictionary.encode`."""
-        return self.dictionary_.encode(self._validated(X)[0])
+        """Return the posterior of the codes of `X`; see `SparseDictionary.encode`.
+
+        Parameters
+        ----------
+        X : array, shape (token, n_features_in_)
+            Activations, in the units of the fit.
+
+        Returns
+        -------
+        CodePosterior
+            Of shape (token, n_components), in float64 on the CPU.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            If `X` has another width than the data of the fit, or values that are not finite.
+        """
+        x, _ = self._validated(X)
+        return self.dictionary_.encode(x)
 
     def decode(self, Z: Any) -> Any:
-        """Return the activations that codes stand for: a tensor for a tensor, else an array."""
+        """Return the activations that codes stand for.
+
+        Parameters
+        ----------
+        Z : tensor or array, shape (token, n_components)
+            Codes, units of the activations.
+
+        Returns
+        -------
+        Tensor or ndarray, shape (token, n_features_in_)
+            A tensor for a tensor, else an array; units of the activations, float64.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            If `Z` has not `n_components` columns.
+        """
         check_is_fitted(self)
         if isinstance(Z, torch.Tensor):
             return self.dictionary_.decode(Z).detach()
         return self.inverse_transform(Z)
 
     def dictionary(self) -> Float[torch.Tensor, "d_sae d_in"]:
-        """Return the features' directions: `components_` as a tensor."""
+        """Return the features' directions: `components_` as a tensor.
+
+        Returns
+        -------
+        Tensor, shape (n_components, n_features_in_)
+            Unit rows, float32.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        """
         check_is_fitted(self)
         return torch.from_numpy(self.components_)
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return the probability that each feature is active, shape (token, n_components)."""
+        """Return the probability that each feature is active.
+
+        Parameters
+        ----------
+        X : array, shape (token, n_features_in_)
+            Activations, in the units of the fit.
+
+        Returns
+        -------
+        ndarray, shape (token, n_components)
+            `p_active`, in the precision of `X`; 0 or 1 for a deterministic SAE.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            If `X` has another width than the data of the fit, or values that are not finite.
+        """
         x, dtype = self._validated(X)
         return self.dictionary_.encode(x).p_active.numpy().astype(dtype)
 
     def inverse_transform(self, Z: Any) -> np.ndarray:
-        """Return the activations, shape (token, n_features_in_), that codes stand for."""
+        """Return the activations that codes stand for.
+
+        Parameters
+        ----------
+        Z : array, shape (token, n_components)
+            Codes, units of the activations.
+
+        Returns
+        -------
+        ndarray, shape (token, n_features_in_)
+            Units of the activations, float64.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            If `Z` has not `n_components` columns.
+        """
         check_is_fitted(self)
         return self.dictionary_.decode(torch.as_tensor(Z, dtype=torch.float64)).detach().numpy()
 
     def score(self, X: Any, y: object = None) -> float:
-        """Return 1 - fvu of the posterior mean's reconstruction; higher is better."""
+        """Return how much of the variance of `X` the posterior mean's reconstruction explains.
+
+        Parameters
+        ----------
+        X : array, shape (token, n_features_in_)
+            Activations, in the units of the fit.
+        y : object
+            Ignored.
+
+        Returns
+        -------
+        float
+            1 - fvu; at most 1, higher is better.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            If `X` has another width than the data of the fit, or values that are not finite.
+        """
         x, _ = self._validated(X)
         x_hat = self.dictionary_.decode(self.dictionary_.encode(x).mean).detach()
         return 1 - fvu(x, x_hat)

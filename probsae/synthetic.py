@@ -150,6 +150,13 @@ class SyntheticActivations:
             Activations.
         z : Tensor, shape (n_tokens, n_features)
             Codes; zero where a feature is not active.
+
+        Raises
+        ------
+        ValueError
+            If `n_tokens` is no whole number of at least 1, or `seed` is below 0.
+        MemoryError
+            If they would not fit, on a CPU.
         """
         check_count("n_tokens", n_tokens)
         if seed is None:
@@ -159,7 +166,29 @@ class SyntheticActivations:
     def batches(
         self, batch_size: int, *, seed: int = 0, device: str | torch.device | None = None
     ) -> Iterator[Float[Tensor, "token d_in"]]:
-        """Endless fresh batches; a stream of its own for each (source seed, `seed`)."""
+        """Endless fresh batches; a stream of its own for each (source seed, `seed`).
+
+        Parameters
+        ----------
+        batch_size : int
+            Tokens of a batch, at least 1.
+        seed : int, default 0
+            Of the stream, at least 0; `sample` draws from none of these.
+        device : str or torch.device, optional
+            Where to make them; the source's where None.
+
+        Yields
+        ------
+        Tensor, shape (batch_size, d_in)
+            Activations, single precision.
+
+        Raises
+        ------
+        ValueError
+            At the first batch, if `batch_size` or `seed` is out of range.
+        MemoryError
+            At the first batch, if it would not fit, on a CPU.
+        """
         check_count("batch_size", batch_size)
         source = self if device is None else self.to(device)
         generator = self._new_generator("batches", source.device, seed)

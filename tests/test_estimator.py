@@ -61,6 +61,12 @@ def test_it_is_compared_like_the_model_inside():
         ps.evaluate([ps.DictionaryEstimator()], X)
 
 
+@pytest.mark.parametrize("verb", ["transform", "encode", "decode", "predict_proba", "score"])
+def test_verbs_before_the_fit_say_so(verb):
+    with pytest.raises(NotFittedError):
+        getattr(ps.DictionaryEstimator(), verb)(np.ones((3, 4)))
+
+
 def test_same_seed_same_model():
     X = np.random.default_rng(0).normal(size=(50, 6))
     fits = [ps.DictionaryEstimator(n_components=8, n_steps=5, random_state=3).fit(X) for _ in "ab"]

@@ -52,7 +52,23 @@ class LanguageModel:
         return next(self.network.parameters()).device
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Token ids of each text, without special tokens.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Texts.
+
+        Returns
+        -------
+        list of lists of int
+            One list a text.
+
+        Raises
+        ------
+        ValueError
+            If there is no tokenizer.
+        """
         if not callable(self.tokenizer):
             raise ValueError(f"{self.name} has no tokenizer; pass one to LanguageModel")
         tokenizer: Any = self.tokenizer
@@ -60,6 +76,18 @@ class LanguageModel:
 
     def contexts(self, token_ids: Sequence[int], length: int) -> Int[Tensor, "context position"]:
         """Cut a text's token ids into whole contexts, each begun by the token that begins texts.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            The text, without special tokens; what does not fill a context is left out.
+        length : int
+            Positions of a context, the first token's included where there is one.
+
+        Returns
+        -------
+        Tensor of int64, shape (context, length)
+            On the CPU.
 
         Raises
         ------
@@ -74,7 +102,18 @@ class LanguageModel:
         return torch.cat([torch.tensor([first]).long().expand(len(rows), -1), rows], dim=1)
 
     def decode(self, token_ids: Sequence[int]) -> list[str]:
-        """Text of each token on its own."""
+        """Text of each token on its own.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            Token ids; a tensor of one axis will do.
+
+        Returns
+        -------
+        list of str
+            One a token, with the space in front of a word.
+        """
         ids = [int(i) for i in token_ids]
         texts = [self.tokenizer.decode([i]) for i in ids]
         # A SentencePiece tokenizer leaves out the space in front of a text's first token.
@@ -96,6 +135,16 @@ class LanguageModel:
     def run(self, token_ids: Int[Tensor, "sequence position"]) -> Any:
         """Return what the network makes of token ids, without a cache.
 
+        Parameters
+        ----------
+        token_ids : Tensor of ints, shape (sequence, position)
+            On any device.
+
+        Returns
+        -------
+        object
+            The network's own: logits, or something that has `.logits`.
+
         Raises
         ------
         ValueError
@@ -110,6 +159,21 @@ class LanguageModel:
         """Next-token logits, float32; sequences are padded on the right, which causality hides.
 
         Differentiable by what an edit put in at a hook; by the weights only if they ask for it.
+
+        Parameters
+        ----------
+        token_ids : Tensor of ints, shape (sequence, position)
+            On any device.
+
+        Returns
+        -------
+        Tensor, shape (sequence, position, vocabulary)
+            On the network's device.
+
+        Raises
+        ------
+        ValueError
+            If the network is in training mode.
         """
         output = self.run(token_ids)
         return (output if isinstance(output, Tensor) else output.logits).float()

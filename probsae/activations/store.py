@@ -137,6 +137,18 @@ class ActivationStore:
     ) -> Iterator[Float[Tensor, "token d_in"]]:
         """Return what `batches` yields after its first `n_batches`, which are not read.
 
+        Parameters
+        ----------
+        n_batches : int
+            Batches to leave out.
+        batch_size, seed, device
+            As for `batches`.
+
+        Yields
+        ------
+        Tensor, shape (batch_size, d_in)
+            As from `batches`.
+
         Raises
         ------
         ValueError
@@ -185,7 +197,20 @@ class ActivationStore:
     def sequential(
         self, batch_size: int, device: str | torch.device | None = None
     ) -> Iterator[Float[Tensor, "token d_in"]]:
-        """One pass in the order of the text."""
+        """One pass in the order of the text.
+
+        Parameters
+        ----------
+        batch_size : int
+            Tokens of a batch, at least 1; the last one has what is left.
+        device : str or torch.device, optional
+            Where to yield them; the CPU where None.
+
+        Yields
+        ------
+        Tensor, shape (token, d_in)
+            Activations as stored, in single precision.
+        """
         for start in range(0, self.n_tokens, batch_size):
             stop = min(start + batch_size, self.n_tokens)
             yield self.gather(torch.arange(start, stop)).to(device)

@@ -83,6 +83,11 @@ def elbo_terms(
     posterior : CodePosterior, optional
         Of `x`; the model's own where None.
 
+    Returns
+    -------
+    ElboTerms
+        Nats per token, with gradient.
+
     Raises
     ------
     ValueError
@@ -133,6 +138,25 @@ def objective(
 
     `torch.compile` takes it with fullgraph=True. The weight `kl_weight` in [0, 1] anneals the
     Kullback-Leibler term (a deterministic SAE's sparsity penalty).
+
+    Parameters
+    ----------
+    model : SparseDictionary
+        With a linear decoder.
+    x : Tensor, shape (token, d_in)
+        Activations.
+    kl_weight : float or Tensor, default 1
+        Weight of the KL term.
+
+    Returns
+    -------
+    Objective
+        Means over the tokens, in nats; `loss` with gradient.
+
+    Raises
+    ------
+    ValueError
+        If the decoder is not linear.
     """
     posterior, terms = infer_terms(model, x)
     extra = model.auxiliary_loss(x, posterior, kl_weight)
