@@ -81,6 +81,7 @@ def check_activations(
     x = check_shape(x, d_in)
     if not are_finite(x, dtype):
         _check_finite(x)
+        assert dtype is not None  # finite values are too large for another dtype only
         is_bad = ~torch.isfinite(x.to(dtype)).all(dim=1)
         raise ValueError(
             f"activations must be in the range of {dtype}, up to {torch.finfo(dtype).max:.4g}: "
