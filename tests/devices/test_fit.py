@@ -186,6 +186,23 @@ def test_a_checkpoint_is_resumed_on_a_device(variant, device, tmp_path):
     assert_near(resumed.model, whole.model, device, {"rtol": 1e-6, "atol": 1e-7})
 
 
+def test_an_ensemble_is_resumed_on_a_device(device, tmp_path):
+    """The first member's checkpoint is of step 8, the second's of step 10: it waits."""
+
+    def pair():
+        return [build((ps.LaplaceDictionary, {})) for _ in range(2)]
+
+    whole = fit_all(pair(), X, device)
+    folders = [tmp_path / "8", tmp_path / "10"]
+    callbacks = [[Checkpoint(f, every=n)] for f, n in zip(folders, (8, 10), strict=True)]
+    callbacks[0].append(KilledAfter(11))
+    with pytest.raises(KeyboardInterrupt):
+        fit_all(pair(), X, device, callbacks=callbacks)
+    resumed = fit_all(pair(), X, device, resume=folders)
+    for its, other in zip(resumed, whole, strict=True):
+        assert_near(its.model, other.model, device, {"rtol": 1e-6, "atol": 1e-7})
+
+
 def test_a_bad_batch_stops_a_fit_at_the_step_it_came(device):
     """The host looks every 50 steps; until then nothing changes."""
     batches = [x.to(device) for x in X.split(512)]
