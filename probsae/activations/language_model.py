@@ -69,10 +69,13 @@ class LanguageModel:
         ValueError
             If there is no tokenizer.
         """
-        if not callable(self.tokenizer):
-            raise ValueError(f"{self.name} has no tokenizer; pass one to LanguageModel")
-        tokenizer: Any = self.tokenizer
+        tokenizer = self._tokenizer_that("__call__")
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    def _tokenizer_that(self, can: str) -> Any:
+        if not hasattr(self.tokenizer, can):
+            raise ValueError(f"{self.name} has no tokenizer; pass one to LanguageModel")
+        return self.tokenizer
 
     def contexts(self, token_ids: Sequence[int], length: int) -> Int[Tensor, "context position"]:
         """Cut a text's token ids into whole contexts, each begun by the token that begins texts.
@@ -113,11 +116,17 @@ class LanguageModel:
         -------
         list of str
             One a token, with the space in front of a word.
+
+        Raises
+        ------
+        ValueError
+            If there is no tokenizer.
         """
+        tokenizer = self._tokenizer_that("decode")
         ids = [int(i) for i in token_ids]
-        texts = [self.tokenizer.decode([i]) for i in ids]
+        texts = [tokenizer.decode([i]) for i in ids]
         # A SentencePiece tokenizer leaves out the space in front of a text's first token.
-        to_piece = getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        to_piece = getattr(tokenizer, "convert_ids_to_tokens", None)
         pieces = texts if to_piece is None else [to_piece(i) for i in ids]
         return [
             f" {text}" if str(piece).startswith("\u2581") and not text.startswith(" ") else text

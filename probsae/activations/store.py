@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from probsae.activations.resources import check_count
 from probsae.activations.shards import DTYPES, CorruptShardError, Shard, checksum
 from probsae.activations.store_writer import INDEX, SETTINGS
 
@@ -210,7 +211,13 @@ class ActivationStore:
         ------
         Tensor, shape (token, d_in)
             Activations as stored, in single precision.
+
+        Raises
+        ------
+        ValueError
+            If `batch_size` is below 1.
         """
+        check_count("batch_size", batch_size)
         for start in range(0, self.n_tokens, batch_size):
             stop = min(start + batch_size, self.n_tokens)
             yield self.gather(torch.arange(start, stop)).to(device)

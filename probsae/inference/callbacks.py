@@ -65,13 +65,22 @@ class FitState:
         return self.is_bad is not None and bool(self.is_bad)
 
     def log(self, values: dict[str, float]) -> None:
-        """Add a line to the history, under the number of steps done."""
+        """Add a line to the history, under the number of steps done.
+
+        Parameters
+        ----------
+        values : dict of str to float
+            By name; the same names at each call, or the history's lists differ in length.
+        """
         for name, value in {"step": self.step, **values}.items():
             self.history.setdefault(name, []).append(value)
 
 
 class Callback:
-    """Base of callbacks; override what you need."""
+    """Base of callbacks; override what you need.
+
+    Each method is given the fit's `FitState`.
+    """
 
     def on_start(self, state: FitState) -> None:
         """Run before the first step."""

@@ -83,11 +83,21 @@ class DictionaryPosterior:
         return self._turned_by(1.0)
 
     def direction_interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Equal-tailed interval (lower, upper) of each feature's 1 - cosine, shape (d_sae,).
+        """Equal-tailed interval of each feature's 1 - cosine with its true direction.
 
         To first order d - 1 components across the mean turn a direction, with a variance that is
         known with `variance_dof` degrees of freedom: their mean square is that variance times
         F(d - 1, variance_dof).
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Probability that it holds.
+
+        Returns
+        -------
+        lower, upper : Tensor, shape (d_sae,)
+            From 0 to 1.
 
         Raises
         ------
@@ -147,7 +157,18 @@ class DictionaryPosterior:
         return self.mean + noise_scale * self.rows.deviation(standard)
 
     def save(self, path: str | Path) -> None:
-        """Write to a folder, as safetensors, atomically."""
+        """Write to a folder, as safetensors, atomically.
+
+        Parameters
+        ----------
+        path : str or Path
+            Folder; replaced as a whole if it holds a dictionary posterior.
+
+        Raises
+        ------
+        FileExistsError
+            If it holds anything else.
+        """
         rate, precision = self.rate, self.noise_precision
         tensors = {
             "mean": self.rows.mean,
@@ -167,6 +188,16 @@ class DictionaryPosterior:
     @classmethod
     def load(cls, path: str | Path) -> DictionaryPosterior:
         """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : str or Path
+            The folder.
+
+        Returns
+        -------
+        DictionaryPosterior
+            On the CPU.
 
         Raises
         ------

@@ -14,6 +14,8 @@ _NOISE_RISE = 0.05
 class Schedule:
     """Linear warm-ups and decay, in shares of the fit.
 
+    Its methods take a step, of which 0 is the first, and the fit's number of steps.
+
     Features are found while the KL weight is low: at its full value gates of wide dictionaries
     shut before their directions are found. Among what is found are mixtures of rare features with
     frequent ones: w = f_rare - c f_frequent reconstructs as well as f_rare does, because the

@@ -253,7 +253,25 @@ class SparseDictionary(nn.Module, ABC):
             return self.posterior(x)
 
     def decode(self, z: Float[Tensor, "*batch d_sae"] | np.ndarray) -> Float[Tensor, "*batch d_in"]:
-        """Return the activations that the codes `z`, a tensor or an array, stand for."""
+        """Return the activations that codes stand for, with gradient.
+
+        Parameters
+        ----------
+        z : tensor or array, shape (*batch, d_sae)
+            Codes, units of the activations: a posterior's mean, or draws of it.
+
+        Returns
+        -------
+        Tensor, shape (*batch, d_in)
+            Units of the activations, in the model's precision and on its device.
+
+        Raises
+        ------
+        ValueError
+            If `z` has not d_sae columns.
+        TypeError
+            If it is a posterior.
+        """
         z = check_codes(z, self.d_sae).to(self.b_dec)
         product = self.product(z, self.directions)
         x_hat = product.add_(expand_row(self.b_dec, product))
@@ -276,7 +294,20 @@ class SparseDictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def sample(self, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Draw activations (n_tokens, d_in) from the model and the codes that made them."""
+        """Draw activations from the model, with torch's global generator.
+
+        Parameters
+        ----------
+        n_tokens : int
+            How many.
+
+        Returns
+        -------
+        x : Tensor, shape (n_tokens, d_in)
+            Activations, their noise included.
+        z : Tensor, shape (n_tokens, d_sae)
+            The codes that made them, drawn from the prior.
+        """
         z = self.prior().expand((n_tokens,)).sample()
         x_hat = self.decode(z)
         return x_hat + self.noise_scale * torch.randn_like(x_hat), z

@@ -90,7 +90,17 @@ class CodePosterior:
     def interval(
         self, level: float = 0.9
     ) -> tuple[Float[Tensor, "token d_sae"], Float[Tensor, "token d_sae"]]:
-        """Equal-tailed credible interval (lower, upper) that holds `level` of the posterior.
+        """Equal-tailed credible interval that holds `level` of the posterior.
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Probability that it holds; at an atom it may hold more.
+
+        Returns
+        -------
+        lower, upper : Tensor, shape (token, d_sae)
+            Units of the activations; equal for a point.
 
         Raises
         ------
@@ -105,7 +115,23 @@ class CodePosterior:
         return lower, upper
 
     def sample(self, n_draws: int = 1) -> Float[Tensor, "draw token d_sae"]:
-        """Independent draws of the codes."""
+        """Draw codes, each one independently, with torch's global generator.
+
+        Parameters
+        ----------
+        n_draws : int, default 1
+            How many of each token's codes.
+
+        Returns
+        -------
+        Tensor, shape (draw, token, d_sae)
+            Units of the activations, without gradient.
+
+        Raises
+        ------
+        ValueError
+            If `n_draws` is below 1.
+        """
         if n_draws < 1:
             raise ValueError(f"n_draws must be at least 1, got {n_draws}")
         return self.distribution.sample((n_draws,))
@@ -114,7 +140,20 @@ class CodePosterior:
 def PointPosterior(
     z: Float[Tensor, "token d_sae"], pre_activation: Float[Tensor, "token d_sae"] | None = None
 ) -> CodePosterior:
-    """Posterior of a method without uncertainty: all mass on the codes `z`."""
+    """Posterior of a method without uncertainty: all mass on one code.
+
+    Parameters
+    ----------
+    z : Tensor, shape (token, d_sae)
+        The codes, units of the activations.
+    pre_activation : Tensor, shape (token, d_sae), optional
+        See `CodePosterior`.
+
+    Returns
+    -------
+    CodePosterior
+        With `mean` z, `variance` 0 and `p_active` 0 or 1.
+    """
     log_density: Any = z.new_zeros(()).expand(z.shape)  # Delta itself would write it out
     law = dist.Delta(z, log_density, validate_args=False)
     return CodePosterior(law, pre_activation=pre_activation)

@@ -266,6 +266,13 @@ def test_smollm2_stores_and_has_massive_first_positions(tmp_path, smollm2, corpu
     assert scale["massive_token_share"] == pytest.approx(1 / 32)
 
 
+def test_a_model_without_a_tokenizer_says_so():
+    model = dataclasses.replace(tiny_language_model(), tokenizer=None)
+    for use in (lambda: model.tokenize(["a"]), lambda: model.decode([1])):
+        with pytest.raises(ValueError, match="has no tokenizer; pass one"):
+            use()
+
+
 def test_sentencepiece_tokens_keep_their_spaces():
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")

@@ -31,6 +31,8 @@ def x():
 def test_rows_come_back_in_order(tmp_path, x):
     store = write(tmp_path / "s", x, tokens=torch.arange(50))
     assert torch.equal(torch.cat(list(store.sequential(16))), x)
+    with pytest.raises(ValueError, match="batch_size must be"):
+        next(store.sequential(0))
     rows = torch.tensor([49, 0, 17, 16, 15, 17])
     assert torch.equal(store.gather(rows), x[rows])
     assert store.labels().tolist() == list(range(50))
