@@ -141,29 +141,88 @@ class SparseDictionary(nn.Module, ABC):
 
     @abstractmethod
     def posterior(self, x: Float[Tensor, "token d_in"]) -> CodePosterior:
-        """q(z | x), differentiable in the parameters."""
+        """q(z | x), differentiable in the parameters.
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in)
+            Activations, not centred.
+
+        Returns
+        -------
+        CodePosterior
+            Of shape (token, d_sae), units of the activations.
+        """
 
     @abstractmethod
     def hyperparameters(self) -> dict[str, Any]:
         """Return the constructor's arguments, JSON-ready: a saved model is rebuilt from them."""
 
     def initialize_codes_(self, x_centered: Float[Tensor, "token d_in"]) -> None:
-        """Set scales of the prior and encoder from centred data."""
+        """Set scales of the prior and encoder from centred data.
+
+        Parameters
+        ----------
+        x_centered : Tensor, shape (token, d_in)
+            Activations less `b_dec`, massive ones shortened where a fit begins.
+        """
 
     def auxiliary_loss(
         self, x: Float[Tensor, "token d_in"], posterior: CodePosterior, kl_weight: float | Tensor
     ) -> Float[Tensor, " token"] | None:
-        """Training loss beside the ELBO, nats per token (a deterministic SAE's squared error)."""
+        """Training loss beside the ELBO, nats per token (a deterministic SAE's squared error).
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in)
+            Activations of a step.
+        posterior : CodePosterior
+            What `posterior` returned for them, with gradient.
+        kl_weight : float or Tensor
+            Weight of the KL term in this step, from 0 to 1.
+
+        Returns
+        -------
+        Tensor, shape (token,), or None
+            Added to the loss as it is: what the KL weight anneals, it weighs itself. None adds
+            nothing.
+        """
         return None
 
     def kl(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
-        """Return KL(q(z | x) || p(z)) of each token, nats; of a point, minus its log density."""
+        """Return KL(q(z | x) || p(z)) of each token, nats; of a point, minus its log density.
+
+        Parameters
+        ----------
+        posterior : CodePosterior
+            Of shape (token, d_sae).
+
+        Returns
+        -------
+        Tensor, shape (token,)
+            Nats, at full weight.
+
+        Raises
+        ------
+        NotImplementedError
+            If torch knows no closed form for the two laws.
+        """
         return kl_divergence(as_event(posterior.distribution), self.prior())
 
     def kl_of_own(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
         """Return the `kl` of what `posterior` has just returned, before anything has changed.
 
         A family may know more of it than of any posterior, and find it for less.
+
+        Parameters
+        ----------
+        posterior : CodePosterior
+            As it was returned.
+
+        Returns
+        -------
+        Tensor, shape (token,)
+            Nats, at full weight.
         """
         return self.kl(posterior)
 
@@ -172,7 +231,18 @@ class SparseDictionary(nn.Module, ABC):
         return None
 
     def correction(self, z: Tensor) -> Tensor | None:
-        """Non-linear part of the decoder; None where the decoder is linear."""
+        """Non-linear part of the decoder; None where the decoder is linear.
+
+        Parameters
+        ----------
+        z : Tensor, shape (*batch, d_sae)
+            Codes, units of the activations.
+
+        Returns
+        -------
+        Tensor, shape (*batch, d_in), or None
+            What `decode` adds to z W_dec + b_dec, units of the activations.
+        """
         return None
 
     # ------------------------------------------------------------- shared face
@@ -213,6 +283,16 @@ class SparseDictionary(nn.Module, ABC):
         to the factors' part: 4.8e-6 -> 7.1e-6 of the variance with 20 codes of size .2 to 1.2 in
         256 dimensions, beside a default noise floor of 4e-2. A product of bfloat16 factors in
         float32 would spare that, but torch has one on CUDA only (`mm` with `out_dtype`).
+
+        Parameters
+        ----------
+        a, b : Tensor, shapes (*batch, inner) and (inner, outer)
+            Two factors of one dtype.
+
+        Returns
+        -------
+        Tensor, shape (*batch, outer)
+            With gradient; in the dtype of `a`.
         """
         if self.product_dtype is None:
             return a @ b
@@ -279,14 +359,38 @@ class SparseDictionary(nn.Module, ABC):
         return x_hat if correction is None else x_hat + correction
 
     def forward(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
-        """Reconstruct `x` from the posterior mean of its codes, with gradient."""
+        """Reconstruct `x` from the posterior mean of its codes, with gradient.
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in)
+            Activations, in the model's precision and on its device; not checked, see `encode`.
+
+        Returns
+        -------
+        Tensor, shape (token, d_in)
+            Units of the activations.
+        """
         return self.decode(self.posterior(x).mean)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
 
     def fit(self, data: Any, **options: Any) -> SparseDictionary:
-        """Fit to `data` through `probsae.fit` and return self; options are passed on."""
+        """Fit to `data` through `probsae.fit` and return self; options are passed on.
+
+        Parameters
+        ----------
+        data
+            Activations, in any of the forms that `probsae.fit` takes.
+        **options
+            Further arguments of `probsae.fit`, which has the errors too.
+
+        Returns
+        -------
+        SparseDictionary
+            Itself, fitted.
+        """
         from probsae.inference.fit import fit  # the engine imports the models, not they it
 
         fit(self, data, **options)
@@ -314,7 +418,13 @@ class SparseDictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def scale_noise_(self, factor: Tensor) -> None:
-        """Multiply the noise scale, and all that the encoder takes for noise."""
+        """Multiply the noise scale, and all that the encoder takes for noise.
+
+        Parameters
+        ----------
+        factor : Tensor, shape ()
+            Above 0.
+        """
         self.log_noise_scale.add_(factor.log())
 
     @torch.no_grad()
@@ -323,6 +433,11 @@ class SparseDictionary(nn.Module, ABC):
 
         Their norms go into the units of the codes (`code_scales`), and the encoder's filters turn
         with the directions.
+
+        Parameters
+        ----------
+        rows : Tensor, shape (d_sae, d_in)
+            In the model's precision and on its device.
 
         Raises
         ------
@@ -360,6 +475,18 @@ class SparseDictionary(nn.Module, ABC):
         (nothing is explained yet), and the noise floor, where none was given, a fifth of that:
         4% of the variance. Massive tokens are shortened first: they say nothing of the others.
         The encoder's filters are scaled so that the first reconstruction is no larger than fits.
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in)
+            Activations. Nothing is done with them where the model is initialised already.
+
+        Raises
+        ------
+        ValueError
+            If `x` has another width, no rows, or values that are not finite.
+        TypeError
+            If it is neither a tensor nor an array of real numbers.
         """
         if bool(self.is_initialized):
             return
@@ -397,14 +524,49 @@ class SparseDictionary(nn.Module, ABC):
     def model(
         self, x: Tensor | None = None, kl_weight: float | Tensor = 1.0, n_tokens: int = 1
     ) -> Tensor:
-        """Pyro program of the generative model; with `x` None it draws `n_tokens` tokens."""
+        """Pyro program of the generative model; with `x` None it draws `n_tokens` tokens.
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in), optional
+            Activations to condition on.
+        kl_weight : float or Tensor, default 1
+            Weight of the codes' log density, at least 0.
+        n_tokens : int, default 1
+            How many to draw; without effect where `x` is given.
+
+        Returns
+        -------
+        Tensor, shape (token, d_in)
+            `x`, or what was drawn.
+        """
         return generate(self, x, kl_weight, n_tokens)
 
     @final
     def guide(
         self, x: Tensor | None = None, kl_weight: float | Tensor = 1.0, n_tokens: int = 1
     ) -> Tensor:
-        """Pyro program of the posterior: the encoder."""
+        """Pyro program of the posterior: the encoder.
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in)
+            Activations.
+        kl_weight : float or Tensor, default 1
+            As for `model`.
+        n_tokens : int, default 1
+            Without effect; Pyro gives the guide what it gives the model.
+
+        Returns
+        -------
+        Tensor, shape (token, d_sae)
+            Codes drawn for `x`.
+
+        Raises
+        ------
+        ValueError
+            If `x` is None.
+        """
         return infer(self, x, kl_weight)
 
 

@@ -57,7 +57,18 @@ class DeterministicSAE(SparseDictionary):
 
     @abstractmethod
     def codes(self, pre_activation: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_sae"]:
-        """Apply the non-linearity."""
+        """Apply the non-linearity.
+
+        Parameters
+        ----------
+        pre_activation : Tensor, shape (token, d_sae)
+            What `pre_activation` returned.
+
+        Returns
+        -------
+        Tensor, shape (token, d_sae)
+            The codes, with gradient.
+        """
 
     @property
     def is_deterministic(self) -> bool:
@@ -74,7 +85,18 @@ class DeterministicSAE(SparseDictionary):
         return as_event(reference.mask(False))
 
     def pre_activation(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
-        """Return (x - b_dec) W_enc + b_enc."""
+        """Return (x - b_dec) W_enc + b_enc.
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in)
+            Activations.
+
+        Returns
+        -------
+        Tensor, shape (token, d_sae)
+            With gradient.
+        """
         product = self.product(x - self.b_dec.detach(), self.W_enc)
         # In place: fresh memory for a sum costs a CPU as much as the product (cpu_steps.md).
         return product.add_(expand_row(self.encoder_bias(), product))
@@ -92,7 +114,18 @@ class DeterministicSAE(SparseDictionary):
         return PointPosterior(z, pre_activation)
 
     def penalty(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
-        """Return the sparsity penalty of each token at full weight; 0 where k fixes it."""
+        """Return the sparsity penalty of each token at full weight; 0 where k fixes it.
+
+        Parameters
+        ----------
+        posterior : CodePosterior
+            A point, as `posterior` returned it.
+
+        Returns
+        -------
+        Tensor, shape (token,)
+            Units of the squared error.
+        """
         return torch.zeros_like(posterior.mean[:, 0])
 
     def kl(self, posterior: CodePosterior) -> Float[Tensor, " token"]:
@@ -101,7 +134,18 @@ class DeterministicSAE(SparseDictionary):
         return torch.zeros_like(posterior.mean[:, 0])  # the prior is flat
 
     def loss(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, " token"]:
-        """Return squared error and sparsity penalty of each token."""
+        """Return squared error and sparsity penalty of each token.
+
+        Parameters
+        ----------
+        x : Tensor, shape (token, d_in)
+            Activations.
+
+        Returns
+        -------
+        Tensor, shape (token,)
+            Their sum, with gradient; units of the activations squared.
+        """
         posterior = self.posterior(x)
         return (x - self.decode(posterior.mean)).square().sum(-1) + self.penalty(posterior)
 
