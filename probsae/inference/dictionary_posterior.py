@@ -129,7 +129,17 @@ class DictionaryPosterior:
         return torch.sigmoid(self.log_odds_real)
 
     def rate_interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Equal-tailed credible interval (lower, upper) of each firing rate, shape (d_sae,).
+        """Equal-tailed credible interval of each firing rate.
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Probability that it holds.
+
+        Returns
+        -------
+        lower, upper : Tensor, shape (d_sae,)
+            From 0 to 1.
 
         Raises
         ------
@@ -144,6 +154,16 @@ class DictionaryPosterior:
 
     def sample(self, n_draws: int = 1) -> Float[Tensor, "draw d_sae d_in"]:
         """Draw dictionaries; their rows are near unit norm, not at it.
+
+        Parameters
+        ----------
+        n_draws : int, default 1
+            How many, with torch's global generator.
+
+        Returns
+        -------
+        Tensor, shape (draw, d_sae, d_in)
+            On the posterior's device.
 
         Raises
         ------

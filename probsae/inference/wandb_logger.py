@@ -76,7 +76,20 @@ class WandbLogger(Callback):
         self.log(values, state.step)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Log values of one's own, between the start of a fit and its end."""
+        """Log values of one's own, between the start of a fit and its end.
+
+        Parameters
+        ----------
+        values : dict of str to float
+            By name.
+        step : int
+            Steps done so far, as in wandb's own `log`.
+
+        Raises
+        ------
+        ValueError
+            If the fit has not started this logger yet.
+        """
         if self.run is None:
             raise ValueError(
                 "nothing can be logged before the fit has started this logger: put it before "
