@@ -175,7 +175,18 @@ class Match(NamedTuple):
     """Cosine of the two."""
 
     def above(self, threshold: float) -> Match:
-        """Keep the pairs whose cosine is above `threshold`; other features are unmatched then."""
+        """Keep the pairs whose cosine is above `threshold`; other features are unmatched then.
+
+        Parameters
+        ----------
+        threshold : float
+            Cosine; a pair at it is dropped.
+
+        Returns
+        -------
+        Match
+            Those pairs, in the same order; there may be none.
+        """
         keep = self.cosine > threshold
         return Match(self.learned[keep], self.true[keep], self.cosine[keep])
 

@@ -129,7 +129,23 @@ class Localisation:
             return concept_score(sparse / raw, self.budgets)
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """Percentile interval of the score over resampled types and control assignments."""
+        """Percentile interval of the score over resampled types and control assignments.
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Share of the draws that it holds.
+
+        Returns
+        -------
+        lower, upper : float
+            In [0, 1].
+
+        Raises
+        ------
+        ValueError
+            If `level` is not strictly between 0 and 1.
+        """
         return percentile_interval(self.score_draws, level)
 
     def features_for(self, fidelity: float) -> int | None:

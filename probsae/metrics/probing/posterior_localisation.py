@@ -43,7 +43,23 @@ class PosteriorLocalisation:
         return float(np.quantile(self.draw_scores, 0.5))
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """Equal-tailed interval of S(z) over posterior draws of the codes; holds `score`."""
+        """Equal-tailed interval of S(z) over posterior draws of the codes; holds `score`.
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Share of the draws that it holds.
+
+        Returns
+        -------
+        lower, upper : float
+            In [0, 1].
+
+        Raises
+        ------
+        ValueError
+            If `level` is not strictly between 0 and 1.
+        """
         return percentile_interval(self.draw_scores, level)
 
     @property

@@ -35,7 +35,18 @@ class LinearProbe(NamedTuple):
     intercept: float
 
     def decide(self, codes: Float[Tensor, "token d_sae"]) -> Bool[Tensor, " token"]:
-        """Return whether each token is taken for a positive one."""
+        """Return whether each token is taken for a positive one.
+
+        Parameters
+        ----------
+        codes : Tensor, shape (token, d_sae)
+            In the units of those that the probe was fitted to.
+
+        Returns
+        -------
+        Tensor of bool, shape (token,)
+            On the CPU.
+        """
         return codes.double().cpu() @ self.weight + self.intercept > 0
 
 

@@ -43,7 +43,23 @@ class Selectivity:
         return self.accuracy - float(self.control_accuracies.mean())
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """Percentile interval over resampled types and control assignments."""
+        """Percentile interval over resampled types and control assignments.
+
+        Parameters
+        ----------
+        level : float, default 0.9
+            Share of the draws that it holds.
+
+        Returns
+        -------
+        lower, upper : float
+            In [-1, 1], as `value`.
+
+        Raises
+        ------
+        ValueError
+            If `level` is not strictly between 0 and 1.
+        """
         return percentile_interval(self.draws, level)
 
 
