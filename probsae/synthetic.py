@@ -202,7 +202,23 @@ class SyntheticActivations:
         return f"{type(self).__name__}({self.n_features} features in {self.d_in} dimensions)"
 
     def to(self, device: str | torch.device) -> SyntheticActivations:
-        """Return the same source on another device."""
+        """Return the same source on another device.
+
+        Parameters
+        ----------
+        device : str or torch.device
+            Where to draw.
+
+        Returns
+        -------
+        SyntheticActivations
+            With the same features, at the start of its stream; itself where it is there already.
+
+        Raises
+        ------
+        ValueError
+            If this machine has no such device.
+        """
         if torch.device(device) == self.device:
             return self
         return SyntheticActivations(

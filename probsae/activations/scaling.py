@@ -133,7 +133,18 @@ def limit_norms(x_centered: Float[Tensor, "token d_in"]) -> Float[Tensor, "token
 
 
 def massive_activation_report(scale: Scale) -> str:
-    """Say in a sentence or two what the massive activations mean for a fit; empty without any."""
+    """Say in a sentence or two what the massive activations mean for a fit; empty without any.
+
+    Parameters
+    ----------
+    scale : Scale
+        From `robust_scale`, or `Scale(**store.index["scale"])` of a store.
+
+    Returns
+    -------
+    str
+        One line; no massive token and no massive dimension make an empty one.
+    """
     if scale.massive_token_share == 0 and not scale.massive_dimensions:
         return ""
     lines = [

@@ -23,7 +23,22 @@ class ActivationSource(Protocol):
     def batches(
         self, batch_size: int, *, seed: int = 0, device: torch.device | str | None = None
     ) -> Iterator[Tensor]:
-        """Endless shuffled float32 batches of shape (batch_size, d_in)."""
+        """Endless shuffled float32 batches of shape (batch_size, d_in).
+
+        Parameters
+        ----------
+        batch_size : int
+            Tokens of a batch.
+        seed : int, default 0
+            Of the order.
+        device : torch.device or str, optional
+            Where to yield them.
+
+        Yields
+        ------
+        Tensor, shape (batch_size, d_in)
+            Activations, in single precision.
+        """
         ...
 
 
@@ -39,7 +54,20 @@ class ResumableSource(ActivationSource, Protocol):
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> Iterator[Tensor]:
-        """Return what `batches` yields after its first `n_batches`, which are not made."""
+        """Return what `batches` yields after its first `n_batches`, which are not made.
+
+        Parameters
+        ----------
+        n_batches : int
+            How many to leave out.
+        batch_size, seed, device
+            As for `batches`.
+
+        Returns
+        -------
+        iterator of Tensor, shape (batch_size, d_in)
+            As from `batches`.
+        """
         ...
 
 

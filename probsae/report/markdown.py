@@ -45,10 +45,24 @@ def write_comparison(
 
     A folder that exists is replaced only if it holds nothing but `RUN_FILES`.
 
+    Parameters
+    ----------
+    comparison : Comparison
+        What `probsae.compare.compare` returned.
+    data : SyntheticActivations
+        What it was made on; fresh tokens are drawn for the plots.
+    folder : str or Path
+        Where to write.
+
     Returns
     -------
     Path
         Of report.md.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds anything else.
     """
     folder = Path(folder)
     with atomic_write(folder, RUN_FILES) as partial:
