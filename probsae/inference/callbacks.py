@@ -225,7 +225,7 @@ def load_random_state(path: str | Path, device: torch.device) -> None:
     """Set torch's generators to where they were when a checkpoint was made."""
     with safe_open(Path(path) / "optimizer.safetensors", framework="pt") as tensors:
         torch.set_rng_state(tensors.get_tensor("rng"))
-        if device.type == "cuda" and "cuda_rng" in tensors.keys():  # noqa: SIM118
+        if device.type == "cuda" and "cuda_rng" in set(tensors.keys()):
             torch.cuda.set_rng_state(tensors.get_tensor("cuda_rng"), device)
 
 

@@ -137,7 +137,7 @@ class SparseVAE(SparseDictionary):
             Under a Laplace prior, which has none.
         """
         if self.code_prior is None:
-            raise AttributeError("a Laplace prior has no firing rates: it is never zero")
+            raise AttributeError  # torch's Module catches it, and says which is missing
         return self.code_prior.rate
 
     @property

@@ -340,6 +340,15 @@ def test_files_from_before_the_noise_was_kept_are_read(tmp_path):
     assert torch.equal(models.load(tmp_path / "model").noise_scale, model.noise_scale)
 
 
+def test_a_sparse_vae_has_the_firing_rates_of_its_prior():
+    model = models.SparseVAE(D_IN, D_SAE, rate_prior=(1.0, 3.0))
+    assert torch.equal(model.firing_rate, model.prior().base_dist.p_active)
+    laplace = models.SparseVAE(D_IN, D_SAE, prior="laplace")
+    assert not hasattr(laplace, "firing_rate")
+    with pytest.raises(AttributeError, match="firing_rate"):
+        print(laplace.firing_rate)
+
+
 @every
 @pytest.mark.usefixtures("unchecked_types")
 def test_bad_input_is_named(variant):
