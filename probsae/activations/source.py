@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,38 @@ class ResumableSource(ActivationSource, Protocol):
         -------
         iterator of Tensor, shape (batch_size, d_in)
             As from `batches`.
+        """
+        ...
+
+
+@runtime_checkable
+class DivisibleSource(ActivationSource, Protocol):
+    """A source that can make some rows of its batches, and leave out the others unmade."""
+
+    def batch_parts(
+        self,
+        part: slice,
+        batch_size: int,
+        *,
+        n_before: int = 0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Iterator[Tensor]:
+        """Return some rows of each batch that `batches` yields.
+
+        Parameters
+        ----------
+        part : slice
+            Which rows.
+        batch_size, seed, device
+            As for `batches`.
+        n_before : int, default 0
+            How many batches to leave out first.
+
+        Returns
+        -------
+        iterator of Tensor, shape (token, d_in)
+            Of each batch the `part`.
         """
         ...
 
@@ -259,6 +292,44 @@ def batches(
         "data must be a tensor, an array, an ActivationStore, a synthetic source or an iterator "
         f"of batches, got {_describe(data)}"
     )
+
+
+def batches_after(
+    data: ActivationData,
+    n_batches: int,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    part: slice = slice(None),
+) -> Iterator[Tensor]:
+    """Return what `batches` deals out after its first `n_batches`, or some rows of each.
+
+    What is left out is not made, where the data can leave it out.
+
+    Parameters
+    ----------
+    data, batch_size, seed, device
+        See `batches`.
+    n_batches : int
+        How many to leave out.
+    part : slice, default all
+        Which rows of each batch.
+
+    Returns
+    -------
+    iterator of Tensor, shape (token, d_in)
+        Single precision.
+    """
+    if part != slice(None) and isinstance(data, DivisibleSource):
+        return data.batch_parts(part, batch_size, n_before=n_batches, seed=seed, device=device)
+    if n_batches and isinstance(data, ResumableSource):
+        stream = data.batches_after(n_batches, batch_size, seed=seed, device=device)
+    else:
+        stream = itertools.islice(
+            batches(data, batch_size, seed=seed, device=device), n_batches, None
+        )
+    return stream if part == slice(None) else (x[part] for x in stream)
 
 
 def _describe(data: object) -> str:

@@ -145,10 +145,45 @@ class ActivationStore:
         batch_size, seed, device
             As for `batches`.
 
+        Returns
+        -------
+        iterator of Tensor, shape (batch_size, d_in)
+            As from `batches`.
+
+        Raises
+        ------
+        ValueError
+            At the first batch, if `batch_size` is below 1.
+        """
+        everything = slice(None)
+        return self.batch_parts(
+            everything, batch_size, n_before=n_batches, seed=seed, device=device
+        )
+
+    def batch_parts(
+        self,
+        part: slice,
+        batch_size: int,
+        *,
+        n_before: int = 0,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> Iterator[Float[Tensor, "token d_in"]]:
+        """Return some rows of each batch that `batches` yields; the others are not read.
+
+        Parameters
+        ----------
+        part : slice
+            Which rows: those of one process, say, of several that share a fit.
+        batch_size, seed, device
+            As for `batches`.
+        n_before : int, default 0
+            Batches to leave out first.
+
         Yields
         ------
-        Tensor, shape (batch_size, d_in)
-            As from `batches`.
+        Tensor, shape (token, d_in)
+            Activations as stored, in single precision.
 
         Raises
         ------
@@ -159,7 +194,7 @@ class ActivationStore:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         generator = torch.Generator().manual_seed(seed)
         n_runs = -(-self.n_tokens // self._run)
-        n_passes, n_passed = divmod(n_batches * batch_size, self.n_tokens)
+        n_passes, n_passed = divmod(n_before * batch_size, self.n_tokens)
         for _ in range(n_passes):
             torch.randperm(n_runs, generator=generator)
         order = torch.randperm(n_runs, generator=generator)
@@ -171,7 +206,7 @@ class ActivationStore:
                 n_drawn = -(-(batch_size - len(rows)) // self._run)
                 drawn, order = order[:n_drawn], order[n_drawn:]
                 rows = torch.cat([rows, self._rows_of(drawn)])
-            yield self.gather(rows[:batch_size]).to(device)
+            yield self.gather(rows[:batch_size][part]).to(device)
             rows = rows[batch_size:]
 
     @property

@@ -1,5 +1,6 @@
 """Stores: what is written is read back, and damage is named."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -88,6 +89,21 @@ def test_batches_are_passed_over_unread(tmp_path, monkeypatch, most_runs, batch_
         for batch in expected[n_batches : n_batches + 5]:
             assert torch.equal(next(stream), batch)
         assert len(read) == 5
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 6])
+def test_parts_are_rows_of_the_batches_and_others_are_not_read(tmp_path, monkeypatch, n_before):
+    store = write(tmp_path / "s", torch.arange(2_300.0)[:, None], shard_tokens=500)
+    expected = list(itertools.islice(store.batches(390, seed=3), n_before, n_before + 4))
+    n_read, gather = [], ActivationStore.gather
+    monkeypatch.setattr(
+        ActivationStore, "gather", lambda self, rows: n_read.append(len(rows)) or gather(self, rows)
+    )
+    parts = [slice(0, 130), slice(130, 260), slice(260, 390)]
+    streams = [store.batch_parts(part, 390, n_before=n_before, seed=3) for part in parts]
+    for batch in expected:
+        assert torch.equal(torch.cat([next(stream) for stream in streams]), batch)
+    assert set(n_read) == {130}
 
 
 def test_a_fit_that_is_resumed_does_not_read_what_it_had(tmp_path, monkeypatch):
