@@ -89,13 +89,13 @@ def new_generator(name: str, seed: int, device: torch.device) -> torch.Generator
     A caller's data may well come from `torch.manual_seed(seed)`: codes drawn from the very numbers
     that made the data would be the true ones more often than by chance.
     """
-    return torch.Generator(device=device).manual_seed(_stream_seed(name, seed))
+    return torch.Generator(device=device).manual_seed(stream_seed(name, seed))
 
 
 @contextmanager
 def own_stream(name: str, seed: int, device: torch.device) -> Iterator[None]:
     """Let torch's global generator run in such a stream, and put it back."""
-    with seeded(_stream_seed(name, seed), device):
+    with seeded(stream_seed(name, seed), device):
         yield
 
 
@@ -109,6 +109,7 @@ def numpy_untouched() -> Iterator[None]:
         np.random.set_state(state)  # noqa: NPY002
 
 
-def _stream_seed(name: str, seed: int) -> int:
+def stream_seed(name: str, seed: int) -> int:
+    """Return the seed of the stream that belongs to a name and a seed."""
     sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(zlib.crc32(name.encode()),))
     return int(sequence.generate_state(1, np.uint64)[0])

@@ -23,10 +23,12 @@ from probsae.models.files import (
     describe,
     save_dictionary,
 )
+from probsae.processes import ALONE, Processes
 
 CHECKPOINT_FILES = (*DICTIONARY_FILES, "optimizer.safetensors", "fit.json")
 """Names of a checkpoint's files."""
 _KEPT, _OBJECTIVE = "kept.", "objective."
+_CPU_RANDOM, _GPU_RANDOM = "rng", "cuda_rng"
 
 
 @dataclass
@@ -59,6 +61,9 @@ class FitState:
     """What callbacks count on the way, by name; a checkpoint holds it for the fit that goes on."""
     history: dict[str, list[float | int]] = field(default_factory=dict)
     """Values logged so far; see `FitResult.history`."""
+    processes: Processes = ALONE
+    """Those that share the fit. Each runs the callbacks: with the same model and objective, with
+    its rows of the batch. What writes is for the one that `is_first`."""
 
     def has_failed(self) -> bool:
         """Whether a step was not finite, and the host has yet to see it; waits for the device."""
@@ -143,7 +148,13 @@ class Checkpoint(Callback):
 
 
 def save_checkpoint(path: Path, state: FitState) -> None:
-    """Write everything that the next step depends on, as one folder, atomically."""
+    """Write everything that the next step depends on, as one folder, atomically.
+
+    Of several processes the first one does.
+    """
+    random_states = _random_states(state.device, state.processes)
+    if not state.processes.is_first:
+        return
     optimizer = state.optimizer.state_dict()["state"]
     tensors = {
         f"{index}.{name}": value.detach().cpu().contiguous()
@@ -156,9 +167,7 @@ def save_checkpoint(path: Path, state: FitState) -> None:
     if state.objective is not None:  # which way a step is taken depends on the one before
         shown = state.objective._asdict()
         tensors |= {f"{_OBJECTIVE}{name}": value.cpu() for name, value in shown.items()}
-    tensors["rng"] = torch.get_rng_state()
-    if state.device.type == "cuda":
-        tensors["cuda_rng"] = torch.cuda.get_rng_state(state.device)
+    tensors |= random_states
     settings = {"n_steps": state.n_steps, "seed": state.seed, **state.settings}
     factors = [group["factor"] for group in state.optimizer.param_groups]
     progress = {
@@ -221,12 +230,34 @@ def steps_done(
     return int(saved["step"])
 
 
-def load_random_state(path: str | Path, device: torch.device) -> None:
-    """Set torch's generators to where they were when a checkpoint was made."""
+def _random_states(device: torch.device, processes: Processes) -> dict[str, Tensor]:
+    """Return where the processes' generators are, by the names that files have for them."""
+    own = {_CPU_RANDOM: torch.get_rng_state()}
+    if device.type == "cuda":
+        own[_GPU_RANDOM] = torch.cuda.get_rng_state(device)
+    return {
+        _of_rank(name, rank): state.cpu()
+        for name, value in own.items()
+        for rank, state in enumerate(processes.gather(value.to(device)))
+    }
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
+
+
+def load_random_state(path: str | Path, device: torch.device, processes: Processes = ALONE) -> None:
+    """Set torch's generators to where they were when a checkpoint was made.
+
+    Those of a process that the checkpoint does not know are left where they are.
+    """
+    cpu, gpu = (_of_rank(name, processes.rank) for name in (_CPU_RANDOM, _GPU_RANDOM))
     with safe_open(Path(path) / "optimizer.safetensors", framework="pt") as tensors:
-        torch.set_rng_state(tensors.get_tensor("rng"))
-        if device.type == "cuda" and "cuda_rng" in set(tensors.keys()):
-            torch.cuda.set_rng_state(tensors.get_tensor("cuda_rng"), device)
+        known = set(tensors.keys())
+        if cpu in known:
+            torch.set_rng_state(tensors.get_tensor(cpu))
+        if device.type == "cuda" and gpu in known:
+            torch.cuda.set_rng_state(tensors.get_tensor(gpu), device)
 
 
 def load_checkpoint(path: str | Path, state: FitState) -> None:
@@ -235,8 +266,9 @@ def load_checkpoint(path: str | Path, state: FitState) -> None:
     saved = json.loads((path / "fit.json").read_text())
     state.model.load_state_dict(load_file(path / "model.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")
-    for name in ("rng", "cuda_rng"):
-        tensors.pop(name, None)
+    tensors = {
+        k: v for k, v in tensors.items() if k.split(".")[0] not in (_CPU_RANDOM, _GPU_RANDOM)
+    }
     state.kept = _take_out(tensors, _KEPT, state.device)
     shown = _take_out(tensors, _OBJECTIVE, state.device)
     state.objective = Objective(**shown) if shown else None

@@ -58,13 +58,17 @@ class DictionaryStatistics:
             spread = code_variance[first::2].sum(0).double()
             gradient += (code_mean[first::2].T @ residual[first::2]).double()
             gradient -= spread[:, None] * self.directions
-        self._next_half ^= len(code_mean) % 2
+        self.skip(len(code_mean))
         codes = self._by_block(code_mean.T)
         self.second_moment += (codes @ codes.mT).double()
         self.second_moment.diagonal(dim1=1, dim2=2).add_(
             self._by_block(code_variance.sum(0).double())
         )
         return residual.square().sum().double()
+
+    def skip(self, n_tokens: int) -> None:
+        """Pass over some tokens: every other one of all belongs to each half."""
+        self._next_half ^= n_tokens % 2
 
     def fade(self, factor: float) -> None:
         """Weigh all tokens seen so far by `factor`."""

@@ -33,6 +33,7 @@ from probsae.inference.start import (
     adam,
     check_callbacks,
     check_counts,
+    check_divides,
     check_fit_memory,
     check_hooks,
     check_model,
@@ -44,14 +45,18 @@ from probsae.inference.step import (
     LossFunction,
     Precision,
     Step,
+    average_step,
     check_precision,
     piece_tokens,
     products_in,
+    shared_by,
     training_step,
 )
 from probsae.models.base import SparseDictionary
 from probsae.models.code_priors import typical_code_size
-from probsae.seeding import check_seed, seeded
+from probsae.models.files import describe
+from probsae.processes import Processes, ProcessGroup
+from probsae.seeding import check_seed, seeded, stream_seed
 
 __all__ = ["FitResult", "NoiseFloorWarning", "NonFiniteElboError", "fit"]
 
@@ -102,6 +107,7 @@ def fit(
     precision: Precision = "float32",
     compile: bool | None = None,
     resume: str | Path | None = None,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> FitResult:
     """Fit `model` to `data` in place by maximising the ELBO with Adam.
@@ -146,6 +152,10 @@ def fit(
     resume : str or Path, optional
         Folder of a `Checkpoint` to go on from, with the same data and settings. Batches that it
         had are drawn again and passed over; `ContextActivations` leaves them out unmade.
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes that take each step together, each with its rows of the batch: all call `fit`
+        with the same arguments, on a device of their own, and end with the same model. Not for
+        iterators, nor with an `objective`. The first one writes checkpoints and shows the bar.
     progress : bool, optional
         Show a bar; by default on terminals, for fits longer than two seconds.
 
@@ -194,11 +204,23 @@ def fit(
     )
     check_precision(precision)
     settings = {"batch_size": batch_size, "learning_rate": learning_rate}
+    processes = Processes(process_group)
+    if processes.size > 1 and objective is not None:
+        raise ValueError("an objective takes whole batches, which several processes do not have")
+    check_divides(
+        processes, data, batch_size, [describe(model), n_steps, seed, settings, schedule], device
+    )
+    n_own = batch_size // processes.size
     n_done = 0
     if resume is not None:
         n_done = steps_done(resume, model, {"n_steps": n_steps, "seed": seed, **settings})
-    check_fit_memory(model, piece_tokens(model, batch_size), device)
-    first, stream = open_data(data, batch_size, n_steps, seed, device, model.d_in, n_done)
+    check_fit_memory(model, piece_tokens(model, n_own), device)
+    first, stream = open_data(
+        data, batch_size, n_steps, seed, device, model.d_in, n_done, processes
+    )
+    if processes.size > 1:
+        total = f"{len(first)} first tokens, whose numbers sum to {first.double().sum():.12g}"
+        processes.check_same("data", total, device)
     model.to(device)
     is_closed = elbo is None and objective is None and model.has_linear_decoder
     check_hooks(model, is_sampled=not is_closed)
@@ -206,19 +228,26 @@ def fit(
         elbo = TraceMeanField_ELBO() if elbo is None else elbo
         check_draws(model, elbo)
     scales = FirstScales(model, first)
+    processes.share_(model.state_dict().values())
     model.n_tokens = operator.index(n_tokens or size_of(data) or n_steps * batch_size)
     optimizer = adam(model, unit=typical_code_size(first - model.b_dec.detach()))
     state = FitState(model, optimizer, data, n_steps, device, seed)
-    state.settings = settings
-    step = training_step(model, elbo, compile, batch_size, n_steps, objective)
-    with seeded(seed, device) as numbers, products_in(model, precision):
+    state.settings, state.processes = settings, processes
+    own_seed = seed if processes.is_first else stream_seed(f"rank {processes.rank}", seed)
+    with (
+        seeded(own_seed, device) as numbers,
+        products_in(model, precision),
+        shared_by(model, processes),
+    ):
+        step = training_step(model, elbo, compile, n_own, n_steps, objective)
         model.train()
         single = _SingleFit(state, step, schedule, learning_rate, callbacks, scales)
         try:
             if resume is not None:
                 load_checkpoint(resume, state)
-                load_random_state(resume, device)
-            with progress_bar(n_steps, state.step, type(model).__name__, progress) as bar:
+                load_random_state(resume, device, processes)
+            is_shown = progress if processes.is_first else False
+            with progress_bar(n_steps, state.step, type(model).__name__, is_shown) as bar:
                 run(single, numbers.drawn_outside(stream), bar)
         except BaseException:
             if state.step == 0:
@@ -271,8 +300,9 @@ class _SingleFit(Fits):
     def advance(self, x: Tensor) -> None:
         self.state.batch = x
         state = self.state
-        state.objective = self.take_gradient(state.model, x, self.kl_weight, state.objective)
-        self.state.n_tokens += len(x)
+        shown = self.take_gradient(state.model, x, self.kl_weight, state.objective)
+        state.objective = average_step(state.model, shown, state.processes)
+        self.state.n_tokens += len(x) * state.processes.size
         self.guard.watch()
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()

@@ -82,7 +82,8 @@ class FiniteGuard:
             if not bool(torch.isfinite(value).all()):
                 value.copy_(self.good_buffers[name])
         state.step = step - 1
-        error = NonFiniteElboError(explain(step, CAUSES[int(self.cause)]))
+        cause = min(int(cause) for cause in state.processes.gather(self.cause))
+        error = NonFiniteElboError(explain(step, CAUSES[cause]))
         error.state = state
         raise error
 

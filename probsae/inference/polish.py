@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probsae.activations.source import ActivationData, batches, check_activations, size_of
+from probsae.activations.source import (
+    ActivationData,
+    batches,
+    batches_after,
+    check_activations,
+    size_of,
+)
 from probsae.inference.compiling import has_compiler
 from probsae.inference.dictionary_posterior import DictionaryPosterior
+from probsae.inference.start import check_divides
 from probsae.inference.variational_em import (
     Expectation,
     HeldOutGuard,
@@ -22,6 +29,8 @@ from probsae.inference.variational_em import (
     maximize,
 )
 from probsae.models.base import SparseDictionary
+from probsae.models.files import describe
+from probsae.processes import Processes, ProcessGroup
 
 # Tokens of a pass over data without a size.
 _N_TOKENS = 200_000
@@ -50,6 +59,7 @@ def polish(
     n_candidates: int = 16,
     seed: int = 0,
     compile: bool | None = None,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> DictionaryPosterior:
     r"""Give a fitted dictionary its optimum in closed form, and say how certain that is.
@@ -94,6 +104,10 @@ def polish(
     compile : bool, optional
         Whether to take the codes' inference through torch.compile: a spike-and-slab's then takes
         less than half the time. By default where that repays compiling on a CPU.
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes that share each pass, each with its rows of the batches: all call `polish` with
+        the same arguments and end with the same model and posterior. Not for iterators, nor with
+        a `forgetting_rate`. The first one shows the bar.
     progress : bool, optional
         Show a bar; by default on terminals, for passes longer than two seconds.
 
@@ -145,15 +159,22 @@ def polish(
     (32,)
     """
     _check_arguments(n_passes, batch_size, n_tokens, block_size, prior_weight, forgetting_rate)
+    processes = Processes(process_group)
     size = size_of(data)
     if n_passes > 1 and isinstance(data, Iterator):
         raise ValueError("an iterator can be passed over once; give polish a tensor or a store")
     if size == 1:
         raise ValueError("data must hold at least two tokens, of which one is held out, got 1")
     if size:  # no more than a tenth is held out, and no token of it used
-        batch_size = min(batch_size, max(1, size // 10))
+        largest = size // 10 - size // 10 % processes.size
+        batch_size = min(batch_size, max(processes.size, largest))
         n_tokens = min(n_tokens or size, size - batch_size)
     n_tokens = n_tokens or _N_TOKENS
+    if processes.size > 1 and forgetting_rate:
+        raise ValueError("passes that forget take one batch after another: use one process")
+    settings = [describe(model), n_tokens, n_passes, prior_weight, block_size, n_sweeps, seed]
+    device = model.b_dec.device
+    check_divides(processes, data, batch_size, settings, device)
     least_share = max(_LEAST_SHARE, n_tokens / size if size else 0.0)
     if compile is None:
         n_codes = n_tokens * n_passes * model.d_sae
@@ -164,16 +185,21 @@ def polish(
     guard = HeldOutGuard(expectation)
     with guard.undo_on_error():
         for _ in range(n_passes):
-            stream = batches(data, batch_size, seed=seed, device=model.b_dec.device)
+            stream = batches(data, batch_size, seed=seed, device=device)
             held_out = _first(stream, model.d_in)
             guard.begin(held_out)
-            tokens = _pass(stream, n_tokens, progress)
+            if processes.size > 1:
+                part = processes.rows(batch_size)
+                stream = batches_after(data, 1, batch_size, seed=seed, device=device, part=part)
+            tokens = _pass(stream, n_tokens // processes.size, progress)
             if forgetting_rate:
                 maximum = _online(expectation, sums, tokens, forgetting_rate)
             else:
-                maximum = _whole(expectation, sums, tokens, Probe(expectation, held_out))
+                probe = Probe(expectation, held_out)
+                maximum = _whole(expectation, sums, tokens, probe, processes)
             errors = errors or maximum.errors  # later passes see the same tokens, better placed
             guard.check(errors.fit_error.clamp(least_share, 1))
+            processes.share_(model.state_dict().values())
     assert maximum is not None
     assert errors is not None
     rows = maximum.posterior.rows._replace(mean=model.dictionary().double())
@@ -203,11 +229,21 @@ def _check_arguments(
         )
 
 
-def _whole(expectation: Expectation, sums: Sums, tokens: Iterator[Tensor], probe: Probe) -> Maximum:
+def _whole(
+    expectation: Expectation,
+    sums: Sums,
+    tokens: Iterator[Tensor],
+    probe: Probe,
+    processes: Processes,
+) -> Maximum:
     """Pass over the tokens, then set the model to its optimum."""
     sums.clear()
     for x in tokens:
+        rows = processes.rows(len(x) * processes.size)
+        sums.skip(rows.start)
         sums.add(x, expectation(x))
+        sums.skip(len(x) * processes.size - rows.stop)
+    sums.join(processes)
     if not sums.n_tokens:
         raise ValueError(_TOO_FEW)
     return maximize(expectation.model, sums, probe)

@@ -114,6 +114,7 @@ class ResampleDeadFeatures(Callback):
                 is_threshold = name == "log_threshold" and bool(is_alive.any())
                 value = float(parameter[is_alive].mean()) if is_threshold else 0.0
                 _set(state, parameter, dead, value)
+        state.processes.share_(model.state_dict().values())  # losses are rounded, and may differ
 
 
 def _set(state: FitState, parameter: Tensor, index: Any, value: Tensor | float) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,13 @@ from probsae.activations.source import (
     ActivationSource,
     ResumableSource,
     batches,
+    batches_after,
     check_activations,
 )
 from probsae.inference.callbacks import Callback, Checkpoint
 from probsae.models.base import SparseDictionary, in_evaluation
 from probsae.models.code_posterior import CodePosterior
+from probsae.processes import ALONE, Processes
 
 # Tokens that set location and scales before the first step: the deviation of a mean over them
 # is 1.5% of the data's, well inside what the first hundred steps move.
@@ -142,11 +145,13 @@ def open_data(
     device: torch.device,
     d_in: int,
     n_done: int = 0,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, Iterator[Tensor]]:
     """Return the first tokens, and a stream of batches that begins with them.
 
     A fit that goes on after `n_done` steps gets the same first tokens, and what follows its last
-    batch: batches in between are made only where the data know no other way.
+    batch: batches in between are made only where the data know no other way. One of several
+    `processes` gets the same first tokens, and its rows of each batch.
     """
     if isinstance(data, ActivationSource) and data.d_in != d_in:
         raise ValueError(
@@ -160,11 +165,42 @@ def open_data(
         raise ValueError("data must hold at least one batch, got an empty iterator")
     for x in head:
         check_activations(x, d_in)  # each on its own: a row number is then one of a batch
-    if n_done > len(head) and isinstance(data, ResumableSource):
-        rest = data.batches_after(n_done, batch_size, seed=seed, device=device)
+    if processes.size > 1:
+        part = processes.rows(batch_size)
+        rest = batches_after(data, n_done, batch_size, seed=seed, device=device, part=part)
+    elif n_done > len(head) and isinstance(data, ResumableSource):
+        rest = batches_after(data, n_done, batch_size, seed=seed, device=device)
     else:
         rest = itertools.islice(itertools.chain(head, stream), n_done, None)
     return torch.cat(head), rest
+
+
+def check_divides(
+    processes: Processes, data: ActivationData, batch_size: int, settings: object, device: Any
+) -> None:
+    """Raise, in all processes, unless they can share batches of these data.
+
+    Raises
+    ------
+    TypeError
+        If the data are an iterable: its batches need not be the same in all processes.
+    ValueError
+        If `batch_size` is no multiple of their number, or their `settings` differ.
+    """
+    if processes.size == 1:
+        return
+    if not isinstance(data, Tensor | np.ndarray | ActivationSource):
+        raise TypeError(
+            "several processes share a tensor, an array, an ActivationStore or a synthetic "
+            f"source, of which each takes its rows; got {type(data).__name__}: write the "
+            "activations to a store (probsae harvest)"
+        )
+    if batch_size % processes.size:
+        raise ValueError(
+            f"batch_size is that of all processes, and must be a multiple of their number, "
+            f"{processes.size}; got {batch_size}"
+        )
+    processes.check_same("settings", settings, device)
 
 
 class FirstScales:

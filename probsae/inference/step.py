@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ from probsae.inference.kept_objective import keeps_few, kept_objective
 from probsae.inference.pyro_objective import pyro_objective
 from probsae.models.base import SparseDictionary
 from probsae.models.sae.base import KeepingSAE
+from probsae.processes import Processes
 
 # Products x tokens from which compiling (20-40 s on two cores) is repaid on a CPU.
 _COMPILE_FROM = 4e11
@@ -58,6 +60,8 @@ def training_step(
     if elbo is not None:
         sampled = pyro_objective(elbo)
         return lambda *inputs: _differentiate(sampled, *inputs[:3])
+    if model.couples_tokens and model.processes.size > 1:
+        compile = False  # the others are asked in the middle of the step
     if compile is None:
         compile = pays_to_compile([model], batch_size, n_steps)
     function = compiled_objective(on_cpu=not model.b_dec.is_cuda) if compile else objective
@@ -136,6 +140,30 @@ def check_precision(precision: Precision) -> Precision:
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
     return precision
+
+
+@torch.no_grad()
+def average_step(model: SparseDictionary, shown: Objective, processes: Processes) -> Objective:
+    """Give all processes the mean gradient, and return the mean of what the step showed."""
+    if processes.size == 1:
+        return shown
+    numbers = torch.cat([value.flatten() for value in shown])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    processes.average_([*gradients, numbers])
+    parts = numbers.split([value.numel() for value in shown])
+    return Objective(*(p.view_as(v) for p, v in zip(parts, shown, strict=True)))
+
+
+@contextmanager
+def shared_by(model: SparseDictionary, processes: Processes) -> Iterator[None]:
+    """Let the model's batches be parts of one that `processes` share, inside a with-block."""
+    if processes.size > 1:
+        model.processes = processes
+    try:
+        yield
+    finally:
+        if "processes" in vars(model):
+            del model.processes
 
 
 class products_in:

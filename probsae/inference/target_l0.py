@@ -87,7 +87,8 @@ class TargetL0(Callback):
         assert state.is_bad is not None
         model, is_bad = state.model, state.is_bad > 0
         if state.step == 1:
-            deviation = limit_norms(state.batch - model.b_dec).square().mean().sqrt()
+            square = limit_norms(state.batch - model.b_dec).square().mean()
+            deviation = state.processes.mean(square).sqrt()
             first = _INITIAL_NOISE * deviation / model.noise_scale
             _scale_noise(state, torch.where(is_bad, 1.0, first))
         target = self._target_at(state.step / state.n_steps)

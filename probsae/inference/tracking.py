@@ -98,7 +98,8 @@ class FeatureTracker(Callback):
     def on_step(self, state: FitState) -> None:
         assert state.objective is not None
         assert state.batch is not None
-        self._firing.add(state.objective.firing_rate, len(state.batch))
+        n_tokens = len(state.batch) * state.processes.size
+        self._firing.add(state.objective.firing_rate, n_tokens)
         if state.step % self.every == 0 or state.step == state.n_steps:
             self._look(state)
 
@@ -116,6 +117,8 @@ class FeatureTracker(Callback):
         for name, value in {"step": state.step, **row}.items():
             self.history[name].append(value)
         self._last = now
+        if not state.processes.is_first:
+            return
         if self.logger is not None:
             self.logger.log({f"features/{k}": v for k, v in row.items()}, state.step)
         if self.path is not None:

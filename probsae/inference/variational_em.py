@@ -21,6 +21,7 @@ from probsae.inference.step_errors import StepErrors, observed_information
 from probsae.models.base import SparseDictionary
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.code_priors import learned_spike_slab
+from probsae.processes import Processes
 
 # How often a pass that lowers the held-out ELBO is halved before it is given up.
 _N_HALVINGS = 4
@@ -91,6 +92,17 @@ class Sums:
         self.squared_error += error + variance.sum().double()
         if isinstance(q.distribution, SpikeSlab):
             self.log_present += F.softplus(q.distribution.logits).sum(0).double()
+
+    def skip(self, n_tokens: int) -> None:
+        """Pass over tokens that other processes take in: halves are of all processes' tokens."""
+        self.dictionary.skip(n_tokens)
+
+    def join(self, processes: Processes) -> None:
+        """Take in the tokens of all `processes`, which refer to the same dictionary."""
+        n_tokens = self.squared_error.new_tensor(self.n_tokens)
+        sums = (n_tokens, self.n_active, self.code, self.log_present, self.squared_error)
+        processes.add_([*sums, self.dictionary.half_gradients, self.dictionary.second_moment])
+        self.n_tokens = float(n_tokens)
 
     def move(self) -> None:
         """Refer to the model's present dictionary."""

@@ -44,6 +44,8 @@ class WandbLogger(Callback):
         self.run: Any = None
 
     def on_start(self, state: FitState) -> None:
+        if not state.processes.is_first:
+            return
         import wandb  # slow to import, and only this module needs it
 
         mode: Mode = self.mode or ("online" if _is_logged_in() else "offline")  # pyright: ignore[reportAssignmentType]
@@ -66,7 +68,8 @@ class WandbLogger(Callback):
         )
 
     def on_step(self, state: FitState) -> None:
-        if state.step % self.every and state.step != state.n_steps:
+        is_due = state.step % self.every == 0 or state.step == state.n_steps
+        if not is_due or not state.processes.is_first:
             return
         objective = state.objective
         assert objective is not None
@@ -98,7 +101,8 @@ class WandbLogger(Callback):
         self.run.log(values, step=step)
 
     def on_end(self, state: FitState) -> None:
-        self.run.finish()
+        if self.run is not None:
+            self.run.finish()
 
     def on_failure(self, state: FitState) -> None:
         if self.run is not None:

@@ -22,6 +22,7 @@ from probsae.activations.source import check_activations
 from probsae.distributions.rows import expand_row
 from probsae.models.code_posterior import CodePosterior, check_codes
 from probsae.models.programs import as_event, generate, infer
+from probsae.processes import ALONE, Processes
 
 __all__ = ["N_FIRST_CODES", "SparseDictionary", "as_event"]
 
@@ -94,6 +95,10 @@ class SparseDictionary(nn.Module, ABC):
 
     adam_betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of Adam's moments in `fit`."""
+
+    processes: Processes = ALONE
+    """Those that share a fit, while it lasts: a model that `couples_tokens` asks the others about
+    theirs."""
 
     noise_floor: Tensor
     noise_factor: Tensor

@@ -79,10 +79,15 @@ class BatchTopKSAE(TopKSAE):
         return Support.of_mask(~(positive < smallest) & ~(positive <= 0))
 
     def _kth_largest(self, values: Float[Tensor, "token d_sae"]) -> Float[Tensor, ""]:
-        """Return the smallest of the k x token largest values."""
+        """Return the smallest of the k x token largest values, over all processes."""
         flat = values.flatten()
-        if isinstance(self.k, int):  # selection, twice as fast as sorting the largest
-            return flat.kthvalue(flat.numel() - self.k * len(values) + 1).values
+        if isinstance(self.k, int):
+            n_kept = self.k * len(values) * self.sharing.size
+            if self.sharing.size > 1:  # all of them may lie in one process
+                largest = flat.topk(min(n_kept, flat.numel()), sorted=False).values
+                flat = torch.cat(self.sharing.gather(largest))
+            # Selection, twice as fast as sorting the largest.
+            return flat.kthvalue(flat.numel() - n_kept + 1).values
         largest = flat.topk(self.k_max * len(values)).values
         return largest.gather(0, (self.k * len(values) - 1).reshape(1))[0]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from probsae.models.code_posterior import CodePosterior
 from probsae.models.sae.base import KeepingSAE, KeptCodes, check_k
 from probsae.models.sae.kept import Support
+from probsae.processes import ALONE, Processes
 
 # The auxiliary loss counts for at most 1,000 times its coefficient.
 _LEAST_UNEXPLAINED = 1e-3
@@ -137,6 +138,11 @@ class TopKSAE(KeepingSAE):
         return self._dead_loss(x, residual, kept @ self.directions[dead])
 
     @property
+    def sharing(self) -> Processes:
+        """Processes whose tokens a loss depends on; outside training each is on its own."""
+        return self.processes if self.training else ALONE
+
+    @property
     def is_dead(self) -> Bool[Tensor, " d_sae"]:
         """Which features have not fired for `dead_after_tokens` tokens of training."""
         return self.tokens_since_fired >= self.dead_after_tokens
@@ -152,15 +158,17 @@ class TopKSAE(KeepingSAE):
         # With few dead features the auxiliary codes cannot explain much: their error counts less.
         share = (self.is_dead.sum() / self.k_auxiliary).clamp(max=1)
         error = (residual - reconstruction).square().sum(-1)
-        unexplained = residual.square().sum() / (x - x.mean(0)).square().sum()
+        every = self.sharing
+        variance = (x - every.mean(x.mean(0))).square().sum()
+        unexplained = every.sum(residual.square().sum()) / every.sum(variance)
         # Tokens that are all alike, or all but explained, leave nothing to divide by.
         unexplained = unexplained.nan_to_num(1.0).clamp(_LEAST_UNEXPLAINED, 1.0)
         return self.auxiliary_coefficient * share * error / unexplained
 
     @torch.no_grad()
     def _count(self, has_fired: Bool[Tensor, " d_sae"], n_tokens: int) -> None:
-        since = self.tokens_since_fired + n_tokens
-        self.tokens_since_fired.copy_(torch.where(has_fired, 0.0, since))
+        since = self.tokens_since_fired + n_tokens * self.sharing.size
+        self.tokens_since_fired.copy_(torch.where(self.sharing.any(has_fired), 0.0, since))
 
 
 def _keep_largest(values: Tensor, k: int | Tensor, k_max: int) -> Tensor:
