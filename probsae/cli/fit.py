@@ -17,6 +17,7 @@ from probsae.inference.fit import fit as run_fit
 from probsae.inference.polish import polish as run_polish
 from probsae.inference.target_l0 import TargetL0
 from probsae.models.files import load
+from probsae.processes import Processes, launched
 from probsae.report.run_files import DATA, MODEL, POSTERIOR, describe_store, replace_model
 from probsae.report.run_folder import activations_of
 
@@ -54,6 +55,8 @@ def fit(
     verify: bool = True,
 ) -> None:
     """Fit a dictionary to harvested activations.
+
+    Started by `torchrun -m probsae fit ...`, its processes share each step.
 
     Args:
         store: Folder that `probsae harvest` wrote.
@@ -102,24 +105,29 @@ def fit(
         n_done = steps_done(out / "checkpoint", dictionary, {**settings, "learning_rate": rate})
         print(f"{out / MODEL} is of a fit that ended after {n_done:,} steps: nothing to resume")
         return
-    if verify:
-        activations.verify()
     if wandb:
         from probsae.inference.wandb_logger import WandbLogger
 
         callbacks.append(WandbLogger(directory=out))
     callbacks.append(Checkpoint(out / "checkpoint"))
-    result = run_fit(
-        dictionary,
-        train,
-        n_steps=n_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        device=device,
-        callbacks=callbacks,
-        resume=out / "checkpoint" if resume else None,
-    )
+    with launched() as group:
+        is_first = Processes(group).is_first
+        if verify and is_first:
+            activations.verify()
+        result = run_fit(
+            dictionary,
+            train,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
+            callbacks=callbacks,
+            resume=out / "checkpoint" if resume else None,
+            process_group=group,
+        )
+    if not is_first:
+        return
     (out / DATA).write_text(describe_store(store, held_out, seed))
     (out / "history.json").write_text(json.dumps(result.history))
     replace_model(out, dictionary)  # the last word: where it is, nothing is left to resume
@@ -139,6 +147,8 @@ def polish(
 ) -> None:
     """Give a fitted dictionary its closed-form optimum, and keep how certain that is.
 
+    Started by `torchrun -m probsae polish ...`, its processes share each pass.
+
     Args:
         run: Folder that `probsae fit` wrote; its model is replaced, the posterior lies beside it,
             and what was made of the former model (stability, reliability, page) is deleted.
@@ -153,11 +163,21 @@ def polish(
         raise FileNotFoundError(
             f"{run} holds no dictionary (model/); pass what `probsae fit` wrote"
         )
-    dictionary = load(run / MODEL, device=choose_device(device))
     data, _ = activations_of(run, store)
-    posterior = run_polish(
-        dictionary, data, n_tokens=n_tokens, n_passes=n_passes, prior_weight=prior_weight, seed=seed
-    )
+    with launched() as group:
+        dictionary = load(run / MODEL, device=choose_device(device))
+        posterior = run_polish(
+            dictionary,
+            data,
+            n_tokens=n_tokens,
+            n_passes=n_passes,
+            prior_weight=prior_weight,
+            seed=seed,
+            process_group=group,
+        )
+        is_first = Processes(group).is_first
+    if not is_first:
+        return
     replace_model(run, dictionary)
     posterior.save(run / POSTERIOR)
     (before, _), (after, _) = posterior.held_out_elbo[0], posterior.held_out_elbo[-1]
