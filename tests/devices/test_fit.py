@@ -186,6 +186,7 @@ def test_a_checkpoint_is_resumed_on_a_device(variant, device, tmp_path):
     assert_near(resumed.model, whole.model, device, {"rtol": 1e-6, "atol": 1e-7})
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_resumed_on_a_device(device, tmp_path):
     """The first member's checkpoint is of step 8, the second's of step 10: it waits."""
 

@@ -159,12 +159,13 @@ def _callbacks(folder, n_members, n_killed=None):
     return callbacks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_members", "memory"),
     [
         (3, None),
-        pytest.param(6, None, marks=pytest.mark.slow),
-        pytest.param(6, 120_000, marks=pytest.mark.slow),
+        (6, None),
+        (6, 120_000),
     ],
     ids=["three", "together", "one after the other"],
 )

@@ -31,26 +31,32 @@ OPTIONS = {"n_steps": N_STEPS, "batch_size": 64, "device": "cpu", "progress": Fa
 # float32 carries the KL weight (2^-24); Adam's steps, at most .01 each, carry it on.
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 
+# Tracing takes seconds a family: one of each kind, the others among the slow tests.
 FAMILIES = [
     (ps.ReLUSAE, [{"l1_coefficient": c} for c in (0.05, 0.3, 0.1)]),
     (ps.TopKSAE, [{"k": 1}, {"k": 4, "dead_after_tokens": 300}, {"k": 2}]),
+    (ps.SpikeSlabDictionary, [{}, {}]),
+    (OwnPrior, [{}, {}]),
+]
+OTHERS = [
     (ps.BatchTopKSAE, [{"k": k} for k in (1, 4, 2)]),
     (ps.MatryoshkaSAE, [{"k": k} for k in (1, 4)]),
     (ps.JumpReLUSAE, [{"l0_coefficient": c} for c in (0.05, 0.01)]),
     (ps.GatedSAE, [{"l1_coefficient": c} for c in (0.05, 0.3)]),
-    (ps.SpikeSlabDictionary, [{}, {}]),
     (ps.LaplaceDictionary, [{}, {}]),
     (ps.RectifiedGaussianDictionary, [{}, {}]),
     (ps.SparseVAE, [{}, {}]),
-    (OwnPrior, [{}, {}]),
-]
-VARIANTS = [
     (ps.SpikeSlabDictionary, [{"slab": "normal"}, {"slab": "normal"}]),
     (ps.SpikeSlabDictionary, [{"slab": "half_normal", "encoder_steps": 1}] * 2),
     (ps.SpikeSlabDictionary, [{"learn_noise": False, "noise_scale": 0.2}] * 2),
     (ps.LaplaceDictionary, [{"nonnegative": True}] * 2),
     (ps.SparseVAE, [{"prior": "laplace"}] * 2),
 ]
+every_family = pytest.mark.parametrize(
+    ("cls", "options"),
+    FAMILIES + [pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS],
+    ids=lambda v: getattr(v, "__name__", None),
+)
 
 
 def build(cls, options):
@@ -79,11 +85,7 @@ def assert_same(model, other):
         torch.testing.assert_close(model.state_dict()[name], value, msg=name, **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    FAMILIES + [pytest.param(*variant, marks=pytest.mark.slow) for variant in VARIANTS],
-    ids=lambda v: getattr(v, "__name__", None),
-)
+@every_family
 def test_an_ensemble_is_as_many_fits(cls, options, source):
     models = build(cls, options)
     assert len(group(models)) == 1, "these should be one stack"
@@ -278,14 +280,7 @@ class NoHostWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Tracing takes seconds a family: one of each kind here, the others among the slow tests.
-GUARDED = [
-    pytest.param(*family, marks=[] if i in (0, 1, 6) else pytest.mark.slow)
-    for i, family in enumerate(FAMILIES)
-]
-
-
-@pytest.mark.parametrize(("cls", "options"), GUARDED, ids=lambda v: getattr(v, "__name__", None))
+@every_family
 def test_a_step_waits_for_nothing_on_the_device(cls, options, source, monkeypatch):
     from probsae.inference.ensemble.fits import EnsembleFits
 

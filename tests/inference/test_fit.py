@@ -355,7 +355,9 @@ def test_a_pyro_elbo_takes_a_kl_weight_of_0(source):
     assert ps.fit(sampled, source, schedule=schedule, **OPTIONS).n_steps == 30
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(torch.no_grad, marks=pytest.mark.slow), torch.inference_mode]
+)
 def test_a_caller_without_gradients_has_the_same_fit(source, mode):
     x, _ = source.sample(200)
     models = [small_model(), small_model(cls=ps.ReLUSAE), small_model(cls=ps.TopKSAE, k=2)]

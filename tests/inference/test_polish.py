@@ -242,8 +242,8 @@ def test_forms_that_see_less_still_climb(problem, block_size):
     [
         ps.RectifiedGaussianDictionary(32, 64),
         ps.LaplaceDictionary(32, 64, nonnegative=True),
-        ps.SpikeSlabDictionary(32, 64, slab="normal"),
-        ps.SpikeSlabDictionary(32, 64, slab="half_normal"),
+        pytest.param(ps.SpikeSlabDictionary(32, 64, slab="normal"), marks=pytest.mark.slow),
+        pytest.param(ps.SpikeSlabDictionary(32, 64, slab="half_normal"), marks=pytest.mark.slow),
     ],
     ids=lambda m: type(m).__name__,
 )

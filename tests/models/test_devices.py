@@ -32,7 +32,14 @@ def test_a_step_stays_on_its_device(variant):
     assert {value.device.type for value in [*gradients, *shown]} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", SPIKE_SLABS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated",
+        "vae",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("normal", "rectified")),
+    ],
+)
 def test_refining_stays_on_its_device(kind, monkeypatch):
     # What is looked at, once for all tokens, is whether they are finite.
     module = importlib.import_module("probsae.inference.refine")
