@@ -15,6 +15,7 @@ from probsae.cli import main
 from probsae.report.run_files import describe_synthetic
 from tests.lm.tiny import tiny_language_model, tiny_llama
 
+pytestmark = pytest.mark.slow
 X = torch.randn(2_000, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -85,7 +86,6 @@ def test_evaluate(folder, name, places, device, near, tmp_path, capsys):
     near_json(diagrams[1:], diagrams[:1], **near)
 
 
-@pytest.mark.slow
 def test_inspect_and_report(folder, places, device, near, tmp_path, capsys):
     pages = []
     for place in ("cpu", device):
@@ -99,7 +99,6 @@ def test_inspect_and_report(folder, places, device, near, tmp_path, capsys):
         assert pages[1] == pages[0]
 
 
-@pytest.mark.slow
 def test_polish(folder, places, device, near, tmp_path, capsys):
     for place in ("cpu", device):
         places.clear()
@@ -110,7 +109,6 @@ def test_polish(folder, places, device, near, tmp_path, capsys):
     torch.testing.assert_close(its.state_dict(), mine.state_dict(), **near)
 
 
-@pytest.mark.slow
 def test_a_language_model_is_loaded_and_harvested(device, tmp_path, monkeypatch):
     words = type("Words", (), {"bos_token_id": 1, "__call__": lambda *_: {"input_ids": [5]}})
     monkeypatch.setattr(language_model, "load_tokenizer", lambda name: words())

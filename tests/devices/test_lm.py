@@ -26,6 +26,7 @@ from probsae.lm import (
 )
 from tests.lm.tiny import VOCABULARY, tiny_language_model, tiny_llama
 
+pytestmark = pytest.mark.slow
 IDS = torch.randint(VOCABULARY, (16, 9), generator=torch.Generator().manual_seed(0))
 HOOK, LATER = "model.layers.1", ["model.layers.2"]
 
